@@ -1,0 +1,370 @@
+"""The whole run as one frozen value: dataclasses, presets (TOML), and the rules that tie fields together.
+
+A run is described by a `RunConfig`. It starts as a preset, is overlaid with `--config FILE` (same tables, any subset of
+keys), then with the flags; the result is checked once and written to the run folder, from where the run can be repeated.
+The line under a field is its documentation and, where it is a flag, its help text. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pairclip_fast.errors import ConfigError
+
+DEFAULT_PRESET = "vit"
+TILES = 2
+"""Tiles of a reference-task sample. Rooms below `data.pairs` take the count from the data, not from here."""
+
+
+def require(condition: bool, field: str, expected: str, got: object) -> None:  # noqa: FBT001  (reads like assert)
+    """Raise a `ConfigError` naming `field` unless `condition` holds."""
+    if not condition:
+        raise ConfigError("invalid configuration", where=field, expected=expected, got=got)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig:
+    """One transformer over the patches of all tiles together (the report's architecture)."""
+
+    architecture: Literal["vit"] = "vit"
+    width: int = 512
+    """Token width."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 8
+    """Attention heads; must divide the width."""
+    mlp_width: int = 2048
+    """Hidden width of the MLPs."""
+    patch_size: int = 8
+    """Side of a square patch, in pixels."""
+    pre_norm: bool = True
+    """LayerNorm before each sub-layer (Xiong et al. 2020) instead of after it (Vaswani et al. 2017)."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Activation of the MLPs."""
+
+    def __post_init__(self) -> None:
+        require(self.width % self.heads == 0, "model.heads", f"a divisor of model.width ({self.width})", self.heads)
+        require(min(self.depth, self.mlp_width, self.patch_size) >= 1, "model", "positive sizes", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileViTConfig:
+    """A transformer trunk shared by the tiles, each tile encoded alone; a linear head joins them."""
+
+    architecture: Literal["tile_vit"] = "tile_vit"
+    width: int = 192
+    """Token width."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 3
+    """Attention heads; must divide the width."""
+    mlp_width: int = 384
+    """Hidden width of the MLPs."""
+    patch_size: int = 4
+    """Pixels per token side after the stem: the stem reduces a tile by this factor."""
+    stem_width: int = 48
+    """Channels of the first convolution of the stem; 0 for a plain linear patch embedding."""
+
+    def __post_init__(self) -> None:
+        require(self.width % self.heads == 0, "model.heads", f"a divisor of model.width ({self.width})", self.heads)
+        require(min(self.depth, self.mlp_width) >= 1, "model", "positive sizes", self)
+        require(self.patch_size in (2, 4, 8), "model.patch_size", "2, 4 or 8", self.patch_size)
+        require(self.stem_width >= 0, "model.stem_width", "0 or more", self.stem_width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileConvConfig:
+    """A small residual convolutional trunk shared by the tiles; a linear head joins them."""
+
+    architecture: Literal["tile_conv"] = "tile_conv"
+    width: int = 32
+    """Channels of the stem; the three stages have 2, 4 and 8 times as many."""
+    activation: Literal["gelu", "relu", "silu"] = "silu"
+    """Activation after each normalisation."""
+
+    def __post_init__(self) -> None:
+        require(self.width >= 1, "model.width", "1 or more", self.width)
+
+
+ModelConfig = ViTConfig | TileViTConfig | TileConvConfig
+MODEL_CONFIGS: Mapping[str, type[ModelConfig]] = {"vit": ViTConfig, "tile_vit": TileViTConfig, "tile_conv": TileConvConfig}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BankConfig:
+    """The caption bank that the run trains against."""
+
+    kind: Literal["raw", "whiten"] = "whiten"
+    """`raw`: the text encoder's features; `whiten`: centred, PCA-whitened to `rank`, L2-normalised again."""
+    rank: int = 200
+    """Dimensions kept by whitening (at most the rank of the centred bank)."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "bank.rank", "1 or more", self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: Literal["bank", "infonce"] = "bank"
+    """`bank`: exact softmax over all captions; `infonce`: symmetric, within the batch, duplicate captions masked."""
+    temperature: float = 0.07
+    """Initial (or fixed) temperature; logits are cosines divided by it."""
+    learn_temperature: bool = True
+    """Learn `logit_scale` = ln(1 / temperature), clamped at ln 100."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all captions (bank loss)."""
+
+    def __post_init__(self) -> None:
+        require(
+            0.01 <= self.temperature < math.inf,
+            "loss.temperature",
+            "0.01 or more and finite (logit_scale is clamped at ln 100)",
+            self.temperature,
+        )
+        require(0.0 <= self.label_smoothing < 1.0, "loss.label_smoothing", "in [0, 1)", self.label_smoothing)
+        require(
+            self.kind == "bank" or self.label_smoothing == 0.0, "loss.label_smoothing", "0 with loss.kind = infonce", self.label_smoothing
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """Ranges of the per-tile random parameters; zero switches an operation off."""
+
+    rotate_degrees: float = 0.0
+    """Angle drawn from [-x, x], counter-clockwise positive."""
+    brightness: float = 0.0
+    """Factor drawn from [1 - x, 1 + x]."""
+    contrast: float = 0.0
+    """Factor drawn from [1 - x, 1 + x], about 128."""
+    saturation: float = 0.0
+    """Factor drawn from [1 - x, 1 + x]."""
+    flip_probability: float = 0.0
+    """Probability of a horizontal flip of a tile."""
+    shift_pixels: int = 0
+    """Whole-pixel shifts drawn from -x..x for each axis; uncovered pixels are 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation", "flip_probability"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"augment.{name}", "in [0, 1]", value)
+        require(0.0 <= self.rotate_degrees <= 180.0, "augment.rotate_degrees", "in [0, 180]", self.rotate_degrees)
+        require(0 <= self.shift_pixels <= 16, "augment.shift_pixels", "in 0..16", self.shift_pixels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Optimizer, schedule and everything that acts on gradients or weights."""
+
+    kind: Literal["adam", "adamw", "muon"] = "adamw"
+    """`adam` applies weight decay to the gradient (as `torch.optim.Adam`), `adamw` decouples it; `muon` orthogonalises the
+    updates of the trunk's matrices and filters and leaves all other parameters to AdamW."""
+    lr: float = 1e-3
+    """Peak learning rate (of the AdamW part, with muon)."""
+    muon_lr: float = 0.2
+    """Peak length of muon's updates, relative to an orthogonal weight; follows the same schedule."""
+    muon_momentum: float = 0.6
+    """Running-average factor of muon."""
+    final_lr: float = 0.0
+    """Learning rate at the last step."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Decay from the peak to `final_lr` after the warm-up, per step."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from near 0 to the peak; fractions of an epoch are fine."""
+    weight_decay: float = 0.01
+    """On matrices and filters."""
+    decay_all: bool = False
+    """Decay biases, norms, position embeddings and logit_scale too, as a plain `AdamW(model.parameters())` does."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's running-average factors."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; the batch size is that of the whole step."""
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights used for evaluation; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.lr < math.inf, "optimizer.lr", "more than 0 and finite", self.lr)
+        require(0.0 <= self.final_lr <= self.lr, "optimizer.final_lr", "in [0, lr]", self.final_lr)
+        require(self.warmup_epochs >= 0.0, "optimizer.warmup_epochs", "0 or more", self.warmup_epochs)
+        require(0.0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "0 or more and finite", self.weight_decay)
+        require(all(0.0 <= b < 1.0 for b in self.betas), "optimizer.betas", "each in [0, 1)", self.betas)
+        require(self.clip_norm >= 0.0, "optimizer.clip_norm", "0 or more", self.clip_norm)
+        require(self.accumulate >= 1, "optimizer.accumulate", "1 or more", self.accumulate)
+        require(0.0 <= self.ema_decay < 1.0, "optimizer.ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, precision and placement of the training."""
+
+    epochs: int = 10
+    """Passes over the training pairs."""
+    batch_size: int = 256
+    """Pairs per optimizer step, over all processes."""
+    patience: int = 0
+    """Stop after this many evaluations without a better held-out top-1; 0 for never."""
+    amp: bool = False
+    """Mixed precision where the device computes it natively."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """`torch.compile`: `auto` on CUDA only, `on` everywhere (falls back with a reason), `off` nowhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    loader: Literal["auto", "native", "dali", "reference"] = "auto"
+    """Which loader feeds the training."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    save_minutes: float = 5.0
+    """Save a checkpoint at least this often, besides after every epoch."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "train.epochs", "1 or more", self.epochs)
+        require(self.batch_size >= 2, "train.batch_size", "2 or more (a contrastive loss needs a contrast)", self.batch_size)
+        require(self.patience >= 0, "train.patience", "0 or more", self.patience)
+        require(0 <= self.seed < 2**63, "train.seed", "in 0..2**63-1", self.seed)
+        require(self.save_minutes > 0.0, "train.save_minutes", "more than 0", self.save_minutes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that determines a run, apart from the data folder's content."""
+
+    FORMAT: ClassVar[int] = 1
+    preset: str = DEFAULT_PRESET
+    """Name of the preset it started from."""
+    model: ModelConfig = TileViTConfig()
+    bank: BankConfig = BankConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.batch_size % self.optimizer.accumulate == 0,
+            "optimizer.accumulate",
+            f"a divisor of train.batch_size ({self.train.batch_size})",
+            self.optimizer.accumulate,
+        )
+        require(
+            self.optimizer.warmup_epochs <= self.train.epochs,
+            "optimizer.warmup_epochs",
+            f"at most train.epochs ({self.train.epochs})",
+            self.optimizer.warmup_epochs,
+        )
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("pairclip_fast") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> RunConfig:
+    """The preset `name`.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    names = preset_names()
+    if name not in names:
+        raise ConfigError("unknown preset", where="--preset", expected=", ".join(names), got=name, fix=_suggestion(name, names))
+    text = (resources.files("pairclip_fast") / "presets" / f"{name}.toml").read_text()
+    tables = tomllib.loads(text)
+    return overlay(RunConfig(preset=name, model=_model_from(tables, where=name)), tables, where=f"preset {name}")
+
+
+def load_config_file(path: Path, base: RunConfig) -> RunConfig:
+    """`base` overlaid with the tables of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or has an unknown key or a wrong type.
+    """
+    return overlay(base, read_toml(path), where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError("cannot read the config file", where=path, got=error.strerror) from error
+    except ValueError as error:
+        raise ConfigError("the config file is not valid TOML", where=path, got=error) from error
+
+
+def overlay(base: RunConfig, tables: Mapping[str, Any], *, where: str) -> RunConfig:
+    """`base` with the keys of `tables` replaced; a changed `model.architecture` starts from that architecture's defaults.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range.
+    """
+    import msgspec
+
+    merged = dataclasses.asdict(base)
+    require(isinstance(tables.get("model", {}), dict), f"{where}: model", "a table", tables.get("model"))
+    if tables.get("model", {}).get("architecture", base.model.architecture) != base.model.architecture:
+        merged["model"] = dataclasses.asdict(_model_from(tables, where=where))
+    known_model = {f.name for f in dataclasses.fields(MODEL_CONFIGS[merged["model"]["architecture"]])}
+    for table, value in tables.items():
+        _check_key(table, merged, where=where)
+        if not isinstance(merged[table], dict):
+            merged[table] = value
+            continue
+        require(isinstance(value, dict), f"{where}: {table}", "a table", value)
+        for key in value:
+            _check_key(key, known_model if table == "model" else merged[table], where=f"{where}: [{table}]")
+        merged[table].update(value)
+    rooms = {field.name: field for field in dataclasses.fields(RunConfig)}
+    parts: dict[str, Any] = {}
+    for name in rooms:
+        kind = MODEL_CONFIGS[merged["model"]["architecture"]] if name == "model" else type(getattr(base, name))
+        try:
+            parts[name] = msgspec.convert(merged[name], kind)
+        except msgspec.ValidationError as error:
+            raise ConfigError("wrong type in the configuration", where=f"{where}: [{name}]", got=error) from error
+    return RunConfig(**parts)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The whole configuration as TOML; `overlay` reads it back to an equal value."""
+    import tomli_w
+
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def _model_from(tables: Mapping[str, Any], *, where: str) -> ModelConfig:
+    architecture = tables.get("model", {}).get("architecture")
+    if architecture not in MODEL_CONFIGS:
+        raise ConfigError("unknown architecture", where=f"{where}: model.architecture", expected=", ".join(MODEL_CONFIGS), got=architecture)
+    return MODEL_CONFIGS[architecture]()
+
+
+def _check_key(key: str, known: Any, *, where: str) -> None:
+    if key not in known:
+        raise ConfigError(
+            "unknown key in the configuration", where=where, expected=", ".join(known), got=key, fix=_suggestion(key, list(known))
+        )
+
+
+def _suggestion(word: str, known: list[str]) -> str | None:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
