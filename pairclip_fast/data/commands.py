@@ -1,0 +1,160 @@
+"""`shard` and `verify`: what the command line calls. A folder is built aside and gets its name only when it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder
+from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
+from pairclip_fast.data.index import check_shard_size
+from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest, to_json
+from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.sources import locate, open_source
+from pairclip_fast.data.verify import verify_folder
+from pairclip_fast.data.writer import ShardFormat, bytes_needed
+from pairclip_fast.errors import ConfigError, DataError
+from pairclip_fast.events import EventLog
+from pairclip_fast.storage import REAL, FileSystem
+
+
+def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL) -> dict[str, Any]:
+    """Make a data folder, or find that it is there already.
+
+    Args:
+        options: What to make.
+        events: For progress, notes and fallbacks.
+        fs: Where durability comes from.
+
+    Returns:
+        A JSON-able summary: action (written, unchanged or planned), out, source, splits, bytes, digest, seconds.
+
+    Raises:
+        ConfigError: the folder exists and is something else, and --overwrite was not given (or it is no data folder).
+        DataError: the source images are missing, damaged or cannot be split.
+        StorageError: no space, or the disk failed; nothing is left under the final name.
+    """
+    started = time.monotonic()
+    location = locate(options.source, path=options.path, test_path=options.test_path, events=events)
+    refuse_foreign_folder(options.out)
+    if options.dry_run and location.needs_download:
+        events.say(f"plan: {location.reason}; the rest depends on it")
+        return {"action": "planned", "out": str(options.out), "source": location.reason, "splits": {}, "bytes": None}
+    sources = open_source(
+        location.kind,
+        path=location.path,
+        test_path=location.test_path,
+        seed=options.seed,
+        on_bad=options.on_bad,
+        events=events,
+        fallback=location.fallback,
+    )
+    plan = plan_folder(sources, options)
+    shard_format = ShardFormat(encoding=options.encoding, shard_size=options.shard_size)
+    needed = sum(bytes_needed(split.samples, shard_format) for split in plan.splits.values())
+    summary = _summary(plan, options, needed)
+    _say_plan(summary, plan, events)
+    manifest = _same_folder(options, plan)
+    if options.dry_run:
+        return {**summary, "action": "planned", "exists": manifest is not None}
+    if manifest is None:
+        check_space(options.out, needed)
+        manifest = build_folder(options, plan, shard_format, events=events, fs=fs)
+        action = "written"
+    else:
+        action = "unchanged"
+    seconds = time.monotonic() - started
+    size = sum(shard.bytes + shard.index_bytes for split in manifest.splits.values() for shard in split.shards)
+    return {**summary, "action": action, "bytes": size, "digest": manifest.digest, "seconds": round(seconds, 3)}
+
+
+def run_verify(folder: Path, events: EventLog) -> dict[str, Any]:
+    """Check every byte of a data folder.
+
+    Returns:
+        A JSON-able summary: folder, ok, findings (none), splits, digest.
+
+    Raises:
+        DataError: there are findings; all of them were listed before.
+    """
+    findings = verify_folder(folder, events=events)
+    for finding in findings:
+        events.note(str(finding), finding=dataclasses.asdict(finding))
+    if findings:
+        raise DataError(
+            f"the data folder is damaged: {len(findings)} finding{'s' if len(findings) > 1 else ''}",
+            where=folder,
+            got="; ".join(str(finding) for finding in findings[:20]),
+            fix="rebuild it with `pairclip-fast shard --overwrite`, and move foreign files elsewhere",
+        )
+    manifest = read_manifest(folder)
+    counts = {split: entry.count for split, entry in manifest.splits.items()}
+    return {"folder": str(folder), "ok": True, "findings": [], "splits": counts, "digest": manifest.digest}
+
+
+def render_shard(summary: dict[str, Any]) -> str:
+    """The summary of `run_shard` in one line."""
+    action, out = summary["action"], summary["out"]
+    if action == "planned":
+        return f"planned only: {out} was not touched"
+    pairs = ", ".join(f"{split['pairs']:,} {name}" for name, split in summary["splits"].items())
+    if action == "unchanged":
+        return f"{out} already holds exactly this ({pairs} pairs): nothing to do"
+    return f"wrote {out}: {pairs} pairs, {summary['bytes'] / 1e6:,.0f} MB in {summary['seconds']:.1f} s"
+
+
+def render_verify(summary: dict[str, Any]) -> str:
+    """The summary of `run_verify` in one line."""
+    return f"{summary['folder']} is whole: " + ", ".join(f"{count:,} {split}" for split, count in summary["splits"].items()) + " pairs"
+
+
+def _summary(plan: FolderPlan, options: ShardOptions, needed: int) -> dict[str, Any]:
+    splits = {name: {"pairs": len(split.samples), "images": split.images} for name, split in plan.splits.items()}
+    return {
+        "out": str(options.out),
+        "source": plan.sources.description,
+        "fallback_reason": plan.sources.fallback_reason,
+        "classes": len(plan.sources.train.class_names),
+        "captions": len(plan.sources.train.class_names) ** 2,
+        "encoding": options.encoding,
+        "splits": splits,
+        "skipped": len(plan.sources.train.skipped) + len(plan.sources.test.skipped if plan.sources.test else ()),
+        "split_proof": to_json(plan.proof),
+        "notes": list(plan.notes),
+        "bytes": needed,
+    }
+
+
+def _say_plan(summary: dict[str, Any], plan: FolderPlan, events: EventLog) -> None:
+    events.say(f"source: {summary['source']}; {summary['classes']} classes, {summary['captions']:,} captions")
+    for name, split in summary["splits"].items():
+        events.say(f"{name}: {split['pairs']:,} pairs of {split['images']:,} images")
+    events.say(f"to {summary['out']} as {summary['encoding']}, about {summary['bytes'] / 1e6:,.0f} MB")
+    for note in plan.notes:
+        if note != stand_in_note(plan.sources):  # which was said as a fallback
+            events.note(note)
+
+
+def _same_folder(options: ShardOptions, plan: FolderPlan) -> Manifest | None:
+    """The manifest of the folder if it is there, whole and of the same arguments; None if it is to be made."""
+    out = options.out
+    if options.overwrite or not (out / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(out)
+    if manifest.arguments != plan.arguments:
+        names = sorted(key for key in manifest.arguments | plan.arguments if manifest.arguments.get(key) != plan.arguments.get(key))
+        raise ConfigError(
+            "the folder holds data made from other arguments",
+            where=out,
+            expected=", ".join(f"{name} = {manifest.arguments.get(name)!r}" for name in names),
+            got=", ".join(f"{name} = {plan.arguments.get(name)!r}" for name in names),
+            fix="choose another --out, or replace it with --overwrite",
+        )
+    for split, entry in manifest.splits.items():
+        for shard in entry.shards:
+            check_shard_size(out / split / shard.name, shard)
+            if not (out / split / shard.index_name).exists():
+                raise DataError("an index is missing", where=out / split / shard.index_name, fix="rebuild with --overwrite")
+    return manifest
