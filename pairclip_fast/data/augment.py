@@ -1,0 +1,116 @@
+"""Augmentation version 1 in plain torch: the definition in code, and fast enough to train with.
+
+Per tile, in float and without rounding in between: rotate about the centre and shift (one bilinear sampling, taps outside
+contribute 0) -> saturation (luma .299 .587 .114) -> contrast about 128 -> brightness -> clip to [0, 255] -> horizontal
+flip -> (x - mean) / std. Each tile has its own parameters and its own border, so no tile bleeds into its neighbour and
+left never becomes right.
+
+Operations that the whole batch leaves out cost nothing. Without rotation the sampling is a copy of a window of the padded
+uint8 tile (13 times cheaper than `grid_sample`), and gives the same values. Everything is elementwise or a gather: no
+matrix product, whose precision on CUDA is a global setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from pairclip_fast.data.plan import Column
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601 luma."""
+CONTRAST_CENTRE = 128.0
+WHITE = 255.0
+
+
+def augment_tiles(
+    tiles: UInt8[Tensor, "batch tiles height width 3"],
+    table: Float32[Tensor, "batch tiles 7"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float32[Tensor, "batch 3 height stacked_width"]:
+    """Augment and normalise tiles, and set the tiles of a sample side by side.
+
+    Args:
+        tiles: Pixels 0..255, on any device.
+        table: Parameters as in `plan.Column`, on the CPU (which operations run is decided from it, without a device sync).
+        mean: Per channel, in units of 0..255.
+        std: Per channel, in units of 0..255.
+
+    Returns:
+        Normalised pictures, width = tiles * tile width.
+    """
+    pixels = tiles.flatten(0, 1).permute(0, 3, 1, 2)
+    parameters = table.flatten(0, 1)
+    sampled = rotate_shift_flip(pixels, parameters) if bool(parameters[:, Column.ANGLE].any()) else shift_flip(pixels, parameters)
+    if not torch.equal(parameters[:, _COLOUR], torch.ones(len(parameters), len(_COLOUR))):
+        sampled = recolour(sampled.float(), parameters)
+    batch, num_tiles, height, width, channels = tiles.shape
+    pictures = sampled.view(batch, num_tiles, channels, height, width).permute(0, 2, 3, 1, 4)
+    joined = torch.empty(batch, channels, height, num_tiles * width, device=tiles.device)
+    joined.view(pictures.shape).copy_(pictures)  # type conversion and transposition in one pass
+    return joined.sub_(_channels(mean, joined.device)).div_(_channels(std, joined.device))
+
+
+def rotate_shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> Float32[Tensor, "n 3 height width"]:
+    """Sample each tile at R(angle) (destination - centre - shift) + centre, bilinearly, with 0 outside.
+
+    The flip belongs after the colour operations, which are per pixel, so it may be done here: a flipped destination is
+    one with its x, counted from the centre, negated. For sides that are a power of two a whole-pixel shift is exact.
+    """
+    height, width = pixels.shape[2:]
+    column = {c: parameters[:, c, None, None].to(pixels.device, non_blocking=True) for c in Column}
+    from_centre_x = torch.arange(width, device=pixels.device) - (width - 1) / 2
+    from_centre_y = (torch.arange(height, device=pixels.device) - (height - 1) / 2)[:, None]
+    x = from_centre_x * (1.0 - 2.0 * column[Column.FLIP]) - column[Column.SHIFT_X]
+    y = from_centre_y - column[Column.SHIFT_Y]
+    radians = torch.deg2rad(column[Column.ANGLE])
+    cosine, sine = torch.cos(radians), torch.sin(radians)
+    grid = torch.empty(len(pixels), height, width, 2, device=pixels.device)
+    # align_corners=False counts in pixel edges: -1 and 1 are the outer edges, and the centre of the tile is 0.
+    grid[..., 0] = (cosine * x - sine * y).mul_(2.0 / width)
+    grid[..., 1] = (sine * x + cosine * y).mul_(2.0 / height)
+    return functional.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> UInt8[Tensor, "n 3 height width"]:
+    """`rotate_shift_flip` for angles of 0: whole-pixel windows of the zero-padded tile, then the flip."""
+    height, width = pixels.shape[2:]
+    shifts = parameters[:, [Column.SHIFT_X, Column.SHIFT_Y]].to(torch.int64)
+    reach = int(shifts.abs().max()) if len(shifts) else 0
+    if reach:
+        padded = functional.pad(pixels, (reach, reach, reach, reach))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        first_column, first_row = (reach - shifts).to(pixels.device, non_blocking=True).unbind(1)
+        pixels = windows[torch.arange(len(pixels), device=pixels.device), :, first_row, first_column]
+    flipped = parameters[:, Column.FLIP].nonzero().squeeze(1).to(pixels.device, non_blocking=True)
+    return pixels.index_copy(0, flipped, pixels[flipped].flip(3)) if len(flipped) else pixels
+
+
+def recolour(pixels: Float32[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> Float32[Tensor, "n 3 height width"]:
+    """Saturation, contrast, brightness and clip.
+
+    With s, c, b the three factors, b (128 + c (luma + s (x - luma) - 128)) is one affine map:
+    b c s x + b c (1 - s) luma + 128 b (1 - c).
+    """
+    saturation, contrast, brightness = (
+        parameters[:, c, None, None, None].to(pixels.device, non_blocking=True)
+        for c in (Column.SATURATION, Column.CONTRAST, Column.BRIGHTNESS)
+    )
+    gain = brightness * contrast
+    luma = pixels[:, 0:1] * LUMA[0]
+    luma.add_(pixels[:, 1:2], alpha=LUMA[1]).add_(pixels[:, 2:3], alpha=LUMA[2])
+    grey = luma.mul_(gain * (1.0 - saturation)).add_(CONTRAST_CENTRE * brightness * (1.0 - contrast))
+    return (pixels * (gain * saturation)).add_(grey).clamp_(0.0, WHITE)
+
+
+_COLOUR = [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

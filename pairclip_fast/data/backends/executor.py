@@ -1,0 +1,40 @@
+"""What a loader backend has to do: turn ids and a parameter table into pictures. Order, randomness, prefetch, state and
+statistics are the loader's, so they cannot differ between backends.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from pairclip_fast.data.shards import ShardReader
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """A backend. It is used by one thread at a time."""
+
+    name: str
+    bytes_read: int
+    """Payload bytes taken from the shards so far."""
+
+    def fill(
+        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+    ) -> Float32[Tensor, "batch 3 height width"]:
+        """The augmented, normalised pictures of `ids`, on the loader's device; the memory is the caller's from then on.
+
+        Raises:
+            DataError: a sample cannot be decoded; names its shard and key.
+        """
+
+    def close(self) -> None:
+        """Give threads and files back. Safe to call twice."""
+
+
+def sample_location(reader: ShardReader, sample_id: int) -> str:
+    """Shard and key of a sample, for messages."""
+    shard = int(np.searchsorted(reader.shard_starts, sample_id, side="right")) - 1
+    return f"{reader.shard_paths[shard]}: {sample_id:09d}"

@@ -1,0 +1,81 @@
+"""The reference backend: webdataset reads the shards, Pillow decodes them, `data.augment` does the rest.
+
+It is the oracle of the other backends and needs nothing but torch. All pixels stay in memory as uint8 (6 kB per pair of
+32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and so does
+the augmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tarfile
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor
+
+from pairclip_fast.data.augment import augment_tiles
+from pairclip_fast.data.manifest import REBUILD
+from pairclip_fast.data.shards import ShardReader, decode_payload
+from pairclip_fast.errors import DataError
+from pairclip_fast.events import EventLog
+
+
+class ReferenceExecutor:
+    """Whole split in memory; see `Executor`."""
+
+    name = "reference"
+
+    def __init__(self, reader: ShardReader, *, device: torch.device, events: EventLog) -> None:
+        self.bytes_read = 0
+        self._mean, self._std = reader.manifest.mean, reader.manifest.std
+        self._tiles = self._read(reader, events).to(device)
+
+    def fill(
+        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+    ) -> Float32[Tensor, "batch 3 height width"]:
+        tiles = self._tiles.index_select(0, torch.from_numpy(ids).to(self._tiles.device))
+        return augment_tiles(tiles, torch.from_numpy(table), mean=self._mean, std=self._std)
+
+    def close(self) -> None:
+        self._tiles = self._tiles[:0].clone()
+
+    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "n tiles height width 3"]:
+        manifest = reader.manifest
+        tiles = np.empty((len(reader), *reader.tile_shape), dtype=np.uint8)
+        position = 0
+        progress = events.progress(f"reading {reader.split}", len(reader), unit="pairs")
+        with contextlib.closing(_samples(reader)) as samples, progress as advance:
+            for sample in samples:
+                where = f"{sample['__url__']}: {sample['__key__']}"
+                if position == len(reader) or manifest.extension not in sample or sample["__key__"] != f"{position:09d}":
+                    expected = f"{position:09d}.{manifest.extension}" if position < len(reader) else f"{len(reader)} samples"
+                    got = ", ".join(key for key in sample if not key.startswith("__"))
+                    raise DataError("a shard does not match the manifest", where=where, expected=expected, got=got, fix=REBUILD)
+                payload = sample[manifest.extension]
+                tiles[position] = decode_payload(memoryview(payload), manifest, where=where)
+                self.bytes_read += len(payload)
+                position += 1
+                advance(1)
+        if position != len(reader):
+            raise DataError("samples are missing", where=reader.split, expected=len(reader), got=position, fix=REBUILD)
+        return torch.from_numpy(tiles)
+
+
+def _samples(reader: ShardReader) -> Generator[dict[str, Any], None, None]:
+    """The samples of all shards in write order, as webdataset sees them.
+
+    Its `WebDataset` would split the shards among ranks (ours comes from the plan: every rank holds the whole split) and
+    leave the files open; the two stages below it do neither.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    for path in reader.shard_paths:
+        try:
+            with path.open("rb") as stream:
+                yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise DataError("a shard cannot be read", where=path, got=error, fix=REBUILD) from error

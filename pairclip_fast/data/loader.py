@@ -1,0 +1,303 @@
+"""The loader: batches in the plan's order from whichever backend, ahead of time, with a state of a few integers.
+
+What every backend must guarantee (same stream, placement independence, exactly once, exact resume) is guaranteed here,
+once: a backend only turns ids and parameters into pictures (`backends.executor`). The position is a number of samples of
+the global order, so a run may go on with another batch size or world size and still see the same sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.backends.executor import Executor
+from pairclip_fast.data.plan import Plan, parameter_table
+from pairclip_fast.data.prefetch import Prefetcher
+from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
+from pairclip_fast.events import EventLog
+
+STATE_VERSION = 1
+PREFETCH_BATCHES = 2
+BACKENDS = ("auto", "native", "dali", "reference")
+MAX_DALI_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Samples of one step, on the loader's device."""
+
+    images: Float32[Tensor, "batch 3 height width"]
+    """Normalised; the tiles of a sample side by side."""
+    caption_ids: Int64[Tensor, " batch"]
+    sample_ids: Int64[Tensor, " batch"]
+    valid: Bool[Tensor, " batch"]
+    """False for padding of a short last batch: leave such rows out of every sum."""
+    epoch: int
+    step: int
+    """Step within the epoch."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoaderStats:
+    """Sums since the loader was made."""
+
+    batches: int = 0
+    """Delivered."""
+    samples: int = 0
+    """Delivered, without padding."""
+    wait_s: float = 0.0
+    """The consumer waited for a batch."""
+    fill_s: float = 0.0
+    """The backend was at work."""
+    bytes_read: int = 0
+    """Payload taken from the shards."""
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Batches of one split."""
+
+    @property
+    def stats(self) -> LoaderStats: ...
+
+    @property
+    def backend(self) -> str:
+        """Which backend fills the batches."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the position to the end of the epoch; then the position is the start of the next one."""
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position after the last delivered batch, and what it is a position in; under 300 bytes as JSON."""
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Continue from `state`. Raises DataError if it belongs to other data or another order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`."""
+
+    def close(self) -> None:
+        """Stop the thread, close the shards. Safe to call twice."""
+
+
+class PlannedLoader:
+    """A `Loader` over any executor."""
+
+    def __init__(self, executor: Executor, *, reader: ShardReader, plan: Plan, augment: AugmentConfig | None, device: torch.device) -> None:
+        self.stats = LoaderStats()
+        self.backend = executor.name
+        self._executor, self._reader, self._plan, self._augment, self._device = executor, reader, plan, augment, device
+        self._epoch, self._cursor = 0, 0
+        self._prefetcher: Prefetcher[Batch] | None = None
+
+    def __len__(self) -> int:
+        return self._plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._interrupt()
+        prefetcher = self._prefetcher = Prefetcher(self._batches(self._epoch, self._cursor), depth=PREFETCH_BATCHES)
+        try:
+            while (batch := self._next(prefetcher)) is not None:
+                yield batch
+            if self._prefetcher is prefetcher:  # else set_epoch, load_state_dict, close or a newer iterator took over
+                self._epoch, self._cursor = self._epoch + 1, 0
+        finally:
+            prefetcher.close()
+            if self._prefetcher is prefetcher:
+                self._prefetcher = None
+
+    def state_dict(self) -> dict[str, int | str]:
+        whole_epoch = self._plan.steps_from(self._cursor) == 0
+        position = {"epoch": self._epoch + 1, "cursor": 0} if whole_epoch else {"epoch": self._epoch, "cursor": self._cursor}
+        return {"v": STATE_VERSION, **position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        mine = {"v": STATE_VERSION, **self._identity()}
+        differing = [key for key, value in mine.items() if state.get(key) != value]
+        if differing:
+            raise DataError(
+                "the loader state belongs to other data or another order",
+                where=", ".join(differing),
+                expected=", ".join(f"{key}={state.get(key)}" for key in differing) + " (the state)",
+                got=", ".join(f"{key}={mine[key]}" for key in differing) + " (this loader)",
+                fix="resume with the data folder, seed and augmentation that the run was started with",
+            )
+        epoch, cursor = state.get("epoch"), state.get("cursor")
+        if not (isinstance(epoch, int) and isinstance(cursor, int) and epoch >= 0 and 0 <= cursor <= self._plan.num_samples):
+            raise DataError("the loader state is damaged", where="epoch, cursor", got=f"{epoch!r}, {cursor!r}")
+        self._interrupt()
+        self._epoch, self._cursor = epoch, cursor
+
+    def set_epoch(self, epoch: int) -> None:
+        self._interrupt()
+        self._epoch, self._cursor = epoch, 0
+
+    def close(self) -> None:
+        self._interrupt()
+        self._executor.close()
+        self._reader.close()
+
+    def _identity(self) -> dict[str, int | str]:
+        """What a position is a position in. Batch size and world size are free: the order does not depend on them."""
+        augment = json.dumps(None if self._augment is None else dataclasses.asdict(self._augment), sort_keys=True)
+        return {
+            "data": self._reader.manifest.digest,
+            "split": self._reader.split,
+            "samples": self._plan.num_samples,
+            "seed": self._plan.seed,
+            "shuffle": int(self._plan.shuffle),
+            "augment": hashlib.sha256(augment.encode()).hexdigest()[:8],
+        }
+
+    def _interrupt(self) -> None:
+        """End the running iterator, if any: it delivers nothing more and moves nothing."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def _next(self, prefetcher: Prefetcher[Batch]) -> Batch | None:
+        started = time.perf_counter()
+        batch = prefetcher.get()
+        if batch is not None:
+            self.stats.wait_s += time.perf_counter() - started
+            self.stats.batches += 1
+            self.stats.samples += self._plan.valid_at(self._cursor)
+            # The position counts what was delivered, not what was prefetched.
+            self._cursor += self._plan.batch_size
+        return batch
+
+    def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
+        """Runs in the thread of the prefetcher."""
+        tiles = self._reader.manifest.tiles
+        for _ in range(self._plan.steps_from(cursor)):
+            started = time.perf_counter()
+            ids, valid = self._plan.ids_at(epoch, cursor=cursor)
+            table = parameter_table(ids, tiles=tiles, seed=self._plan.seed, epoch=epoch, augment=self._augment)
+            images = self._executor.fill(ids, table)
+            columns = (torch.from_numpy(column) for column in (self._reader.caption_ids[ids], ids, valid))
+            if self._device.type == "cuda":  # pinned, or each copy would wait for the training step
+                columns = (column.pin_memory().to(self._device, non_blocking=True) for column in columns)
+            caption_ids, sample_ids, flags = columns
+            self.stats.fill_s += time.perf_counter() - started
+            self.stats.bytes_read = self._executor.bytes_read
+            step = cursor // self._plan.batch_size
+            yield Batch(images=images, caption_ids=caption_ids, sample_ids=sample_ids, valid=flags, epoch=epoch, step=step)
+            cursor += self._plan.batch_size
+
+
+def make_loader(
+    folder: Path,
+    *,
+    split: str,
+    batch_size: int,
+    augment: AugmentConfig | None,
+    seed: int,
+    device: torch.device,
+    events: EventLog,
+    backend: str = "auto",
+    world_size: int = 1,
+    rank: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = True,
+) -> Loader:
+    """A loader over one split of a data folder.
+
+    Args:
+        folder: The data folder.
+        split: "train", "val" or "test".
+        batch_size: Samples per step over all ranks.
+        augment: Ranges of the augmentation; None for none.
+        seed: Key of order and augmentation.
+        device: Where the batches are wanted.
+        events: Told of fallbacks.
+        backend: "auto", "dali" or "reference" ("native" is not built yet).
+        world_size: Ranks that share a step.
+        rank: Which of them this is.
+        shuffle: Permute each epoch.
+        drop_last: Leave out the tail of an epoch; otherwise the last batch is padded with `valid` = False.
+
+    Raises:
+        ConfigError: unknown backend, or a batch size that does not fit the ranks or the split.
+        DataError: the folder is damaged.
+        EnvironmentLackingError: the chosen backend is not available.
+    """
+    name = choose_backend(backend, device=device, events=events)
+    reader = ShardReader(folder, split, events=events)
+    try:
+        plan = Plan(
+            num_samples=len(reader),
+            batch_size=batch_size,
+            seed=seed,
+            world_size=world_size,
+            rank=rank,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
+        executor = _make_executor(name, reader, plan=plan, augment=augment, device=device, events=events)
+    except BaseException:
+        reader.close()
+        raise
+    return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device)
+
+
+def choose_backend(backend: str, *, device: torch.device, events: EventLog) -> str:
+    """The backend that `backend` means on this machine.
+
+    `auto` takes DALI on a GPU. On a CPU it takes the reference backend, which needs a third of the CPU time of DALI's
+    stock operators there (DALI is made for GPUs) and gives the same stream.
+
+    Raises:
+        ConfigError: unknown name.
+        EnvironmentLackingError: it was asked for by name and is not available.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError("unknown loader", where="--loader", expected=", ".join(BACKENDS), got=backend)
+    if backend == "native":
+        raise EnvironmentLackingError("the native loader is not built", where="--loader native", fix="use --loader auto")
+    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
+        return "reference"
+    if dali_installed():
+        return "dali"
+    if backend == "dali":
+        raise EnvironmentLackingError(
+            "DALI is not installed", where="--loader dali", fix="pip install nvidia-dali-cuda130, or use --loader auto"
+        )
+    events.fallback("loader", chosen="reference", reason="DALI is not installed")
+    return "reference"
+
+
+def dali_installed() -> bool:
+    """Whether `nvidia.dali` could be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _make_executor(
+    name: str, reader: ShardReader, *, plan: Plan, augment: AugmentConfig | None, device: torch.device, events: EventLog
+) -> Executor:
+    if name == "reference":
+        from pairclip_fast.data.backends.reference import ReferenceExecutor
+
+        return ReferenceExecutor(reader, device=device, events=events)
+    from pairclip_fast.data.backends.dali import DaliExecutor
+
+    num_threads = min(MAX_DALI_THREADS, max(1, len(os.sched_getaffinity(0)) // plan.world_size))
+    return DaliExecutor(reader, augment=augment, batch_size=plan.local_batch_size, device=device, num_threads=num_threads)

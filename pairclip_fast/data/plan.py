@@ -1,0 +1,194 @@
+"""Which sample comes when, and with which augmentation: pure functions of (seed, epoch, sample, tile).
+
+No backend owns randomness. The plan says the order and the parameter table says what happens to each tile; backends only
+execute. Hence the stream is the same for every backend, batch size, world size and prefetch depth, and the whole state of
+a loader is a position. The order of an epoch is decided globally: ranks read slices of it, so it does not change with
+their number.
+
+Counters of the Philox blocks are (epoch, sample id, tile, stream) under the key `seed`; the streams are below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.philox import bounded, philox4x32, seed_key, unit_interval
+from pairclip_fast.errors import ConfigError
+
+
+class Stream(IntEnum):
+    """Last word of the counter: what a Philox block is for."""
+
+    ORDER = 0
+    COLOUR = 1
+    """Words: angle, brightness, contrast, saturation."""
+    GEOMETRY = 2
+    """Words: flip, shift x, shift y, unused."""
+
+
+class Column(IntEnum):
+    """Columns of a parameter table."""
+
+    ANGLE = 0
+    """Degrees, counter-clockwise positive."""
+    BRIGHTNESS = 1
+    CONTRAST = 2
+    SATURATION = 3
+    FLIP = 4
+    """1 for a horizontal flip, else 0."""
+    SHIFT_X = 5
+    """Whole pixels the picture moves to the right."""
+    SHIFT_Y = 6
+    """Whole pixels the picture moves down."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The order of the samples over epochs, steps and ranks."""
+
+    num_samples: int
+    """Samples of the split; ids are 0..num_samples-1."""
+    batch_size: int
+    """Samples per step over all ranks."""
+    seed: int
+    """Key of the permutation, in 0..2**63-1."""
+    world_size: int = 1
+    """Number of ranks that share a step."""
+    rank: int = 0
+    """Which of them this is."""
+    shuffle: bool = True
+    """Permute each epoch; otherwise ids come ascending."""
+    drop_last: bool = True
+    """Leave out the samples that do not fill a last batch; otherwise that batch is padded with `valid` = False."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.num_samples < 2**32, "number of samples", "in 1..2**32-1", self.num_samples)
+        _require(self.world_size >= 1 and 0 <= self.rank < self.world_size, "rank", f"in 0..{self.world_size - 1}", self.rank)
+        _require(self.batch_size >= 1, "batch size", "1 or more", self.batch_size)
+        _require(self.batch_size % self.world_size == 0, "batch size", f"a multiple of the {self.world_size} processes", self.batch_size)
+        if self.drop_last:
+            _require(
+                self.batch_size <= self.num_samples, "batch size", f"at most the {self.num_samples:,} samples of the split", self.batch_size
+            )
+
+    @property
+    def local_batch_size(self) -> int:
+        """Samples per step of one rank."""
+        return self.batch_size // self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch; the same on every rank."""
+        return self.steps_from(0)
+
+    def steps_from(self, cursor: int) -> int:
+        """Steps left in an epoch of which `cursor` samples (over all ranks) have been delivered."""
+        left = max(self.num_samples - cursor, 0)
+        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """int64 [num_samples], read-only: the ids in the order of `epoch`, over all ranks."""
+        return _order(self.num_samples, self.seed if self.shuffle else 0, epoch if self.shuffle else 0, self.shuffle)
+
+    def ids_at(self, epoch: int, *, cursor: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids of this rank for the step that starts at global position `cursor`.
+
+        Rows past the end of the epoch are padding: ids taken from its beginning, with `valid` = False. Every batch thus
+        has the same shape and every rank the same number of batches.
+
+        Returns:
+            ids int64 [local_batch_size] and valid bool [local_batch_size].
+        """
+        first = cursor + self.rank * self.local_batch_size
+        positions = np.arange(first, first + self.local_batch_size)
+        return self.order(epoch)[positions % self.num_samples], positions < self.num_samples
+
+    def valid_at(self, cursor: int) -> int:
+        """Samples of this rank, without padding, in the step that starts at `cursor`."""
+        first = cursor + self.rank * self.local_batch_size
+        return min(max(self.num_samples - first, 0), self.local_batch_size)
+
+    def step_ids(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Ids of this rank for `step`: global positions step * batch_size + rank * local_batch_size + i."""
+        return self.ids_at(epoch, cursor=step * self.batch_size)[0]
+
+    def step_valid(self, epoch: int, step: int) -> NDArray[np.bool_]:
+        """Which of `step_ids` are samples of the epoch and not padding."""
+        return self.ids_at(epoch, cursor=step * self.batch_size)[1]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:  # noqa: FBT001 - a cache key
+    """Sort the ids by a 64-bit random key each: a permutation whatever the keys, ties (p < N^2 / 2^65) broken by id."""
+    ids = np.arange(num_samples, dtype=np.int64)
+    if shuffle:
+        words = philox4x32(counters(epoch, ids, tile=0, stream=Stream.ORDER), key=seed_key(seed)).astype(np.uint64)
+        ids = np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+    ids.setflags(write=False)
+    return ids
+
+
+def counters(epoch: int, ids: NDArray[np.int64], *, tile: NDArray[np.int64] | int, stream: Stream) -> NDArray[np.uint32]:
+    """Philox counters (epoch, id, tile, stream), uint32 [..., 4] over the broadcast of `ids` and `tile`."""
+    shape = np.broadcast_shapes(np.shape(ids), np.shape(tile))
+    block = np.empty((*shape, 4), dtype=np.uint32)
+    block[..., 0], block[..., 1], block[..., 2], block[..., 3] = epoch, ids, tile, int(stream)
+    return block
+
+
+def identity_table(num_samples: int, *, tiles: int) -> NDArray[np.float32]:
+    """The parameter table that changes nothing, float32 [num_samples, tiles, 7]."""
+    table = np.zeros((num_samples, tiles, len(Column)), dtype=np.float32)
+    table[..., [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1.0
+    return table
+
+
+def parameter_table(ids: NDArray[np.int64], *, tiles: int, seed: int, epoch: int, augment: AugmentConfig | None) -> NDArray[np.float32]:
+    """What happens to each tile of each sample in `epoch`.
+
+    A value is `centre + range * (2 u - 1)` for the scaled columns, with u of 24 bits, evaluated in float64 and rounded once
+    to float32; integer columns come from integer arithmetic. A row depends on nothing but (seed, epoch, id, tile, augment).
+
+    Args:
+        ids: int64 [batch], sample ids.
+        tiles: Tiles per sample.
+        seed: Key, in 0..2**63-1.
+        epoch: Epoch number.
+        augment: Ranges; None for the identity.
+
+    Returns:
+        float32 [batch, tiles, 7], columns as in `Column`.
+    """
+    table = identity_table(len(ids), tiles=tiles)
+    if augment is None:
+        return table
+    tile, key = np.arange(tiles), seed_key(seed)
+    if changes_colour(augment) or augment.rotate_degrees:
+        words = philox4x32(counters(epoch, ids[:, None], tile=tile, stream=Stream.COLOUR), key=key)
+        signed = 2.0 * unit_interval(words) - 1.0
+        table[..., Column.ANGLE] = augment.rotate_degrees * signed[..., 0]
+        table[..., Column.BRIGHTNESS] = 1.0 + augment.brightness * signed[..., 1]
+        table[..., Column.CONTRAST] = 1.0 + augment.contrast * signed[..., 2]
+        table[..., Column.SATURATION] = 1.0 + augment.saturation * signed[..., 3]
+    if augment.flip_probability or augment.shift_pixels:
+        words = philox4x32(counters(epoch, ids[:, None], tile=tile, stream=Stream.GEOMETRY), key=key)
+        table[..., Column.FLIP] = unit_interval(words[..., 0]) < augment.flip_probability
+        shifts = bounded(words[..., 1:3], count=2 * augment.shift_pixels + 1) - augment.shift_pixels
+        table[..., Column.SHIFT_X], table[..., Column.SHIFT_Y] = shifts[..., 0], shifts[..., 1]
+    return table
+
+
+def changes_colour(augment: AugmentConfig | None) -> bool:
+    """Whether any colour operation is switched on."""
+    return augment is not None and bool(augment.brightness or augment.contrast or augment.saturation)
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:  # noqa: FBT001 - reads as an assertion
+    if not condition:
+        raise ConfigError("the loader cannot be set up", where=name, expected=expected, got=got)

@@ -1,0 +1,439 @@
+"""What the loader promises for every backend: same stream, exactly once, exact resume, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data import loader as loader_module
+from pairclip_fast.data.loader import Batch, Loader, choose_backend, make_loader
+from pairclip_fast.data.plan import Plan, parameter_table
+from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
+from pairclip_fast.events import EventLog
+
+CPU = torch.device("cpu")
+STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
+FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
+FAST = AugmentConfig(flip_probability=0.5, shift_pixels=3)
+BACKENDS = ("reference", "dali")
+Open = Callable[..., Loader]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "dali" and not loader_module.dali_installed():
+        pytest.skip("DALI is not installed")
+    return str(request.param)
+
+
+@pytest.fixture
+def open_loader(folders: dict[str, Path], events: EventLog) -> Iterator[Open]:
+    """A function that makes a loader over the 103 samples; all are closed at the end."""
+    opened: list[Loader] = []
+
+    def make(backend: str, *, encoding: str = "raw", folder: Path | None = None, **options: object) -> Loader:
+        settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU, "drop_last": False, **options}
+        opened.append(make_loader(folder or folders[encoding], backend=backend, events=events, **settings))
+        return opened[-1]
+
+    yield make
+    for loader in opened:
+        loader.close()
+
+
+def by_id(loader: Loader) -> dict[int, torch.Tensor]:
+    """One epoch: sample id -> picture. Each id must come once."""
+    pictures: dict[int, torch.Tensor] = {}
+    for batch in loader:
+        for sample_id, picture, valid in zip(batch.sample_ids.tolist(), batch.images, batch.valid.tolist(), strict=True):
+            if valid:
+                assert sample_id not in pictures
+                pictures[sample_id] = picture
+    return pictures
+
+
+def assert_same(first: Batch, second: Batch, *, tolerance: float = 0.0) -> None:
+    """`tolerance` in units of the 0..255 scale."""
+    assert (first.epoch, first.step) == (second.epoch, second.step)
+    for name in ("sample_ids", "caption_ids", "valid"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert ((first.images - second.images).abs() * STD).max() <= tolerance
+
+
+def test_batches_are_what_the_contract_says(backend: str, open_loader: Open, folders: dict[str, Path]) -> None:
+    loader = open_loader(backend)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 7
+    with ShardReader(folders["raw"], "train") as reader:
+        captions = torch.from_numpy(reader.caption_ids)
+    for step, batch in enumerate(batches):
+        assert (batch.epoch, batch.step) == (0, step)
+        assert batch.images.shape == (16, 3, 32, 64)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous()
+        assert torch.equal(batch.caption_ids, captions[batch.sample_ids])
+        assert (batch.caption_ids.dtype, batch.sample_ids.dtype, batch.valid.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert [int(batch.valid.sum()) for batch in batches] == [16] * 6 + [7]
+    assert loader.stats.batches == 7
+    assert loader.stats.samples == 103
+    assert loader.stats.bytes_read >= 103 * 6144
+    assert loader.stats.fill_s > 0.0
+    assert loader.stats.wait_s > 0.0
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+@pytest.mark.parametrize("augment", [None, FAST, FULL], ids=["nothing", "flip and shift", "everything"])
+def test_backends_deliver_the_same_stream(encoding: str, augment: AugmentConfig | None, open_loader: Open) -> None:
+    pytest.importorskip("nvidia.dali")
+    loaders = [open_loader(backend, encoding=encoding, augment=augment) for backend in BACKENDS]
+    # The design allows DALI 0.25; the graph does better, except that JPEG decoders may differ by a rounding.
+    tolerance = 1.5 if encoding == "jpeg" else 0.05
+    for _ in range(2):
+        for first, second in zip(*loaders, strict=True):
+            assert_same(first, second, tolerance=tolerance)
+
+
+def test_png_and_raw_folders_give_the_same_pictures(backend: str, open_loader: Open) -> None:
+    for raw, png in zip(open_loader(backend), open_loader(backend, encoding="png"), strict=True):
+        assert_same(raw, png)
+
+
+def test_every_sample_once_per_epoch_in_the_order_of_the_plan(backend: str, open_loader: Open) -> None:
+    loader = open_loader(backend, augment=None)
+    plan = Plan(num_samples=103, batch_size=16, seed=5, drop_last=False)
+    orders = []
+    for epoch in range(4):
+        ids = torch.cat([batch.sample_ids[batch.valid] for batch in loader])
+        assert np.array_equal(ids.numpy(), plan.order(epoch))
+        orders.append(ids)
+    assert not torch.equal(orders[0], orders[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_an_epoch_exactly(world_size: int, backend: str, open_loader: Open) -> None:
+    ranks = [open_loader(backend, batch_size=4 * world_size, world_size=world_size, rank=rank, augment=None) for rank in range(world_size)]
+    counts = {len(rank) for rank in ranks}
+    pictures: dict[int, torch.Tensor] = {}
+    for rank in ranks:
+        mine = by_id(rank)
+        assert not pictures.keys() & mine.keys()
+        pictures |= mine
+    assert len(counts) == 1
+    assert sorted(pictures) == list(range(103))
+
+
+def test_a_picture_depends_on_seed_epoch_and_id_only(backend: str, open_loader: Open) -> None:
+    """Not on batch size, rank, world size or where the epoch was entered."""
+    plain = by_id(open_loader(backend))
+    small = by_id(open_loader(backend, batch_size=5))
+    ranks = [by_id(open_loader(backend, batch_size=8, world_size=2, rank=rank)) for rank in range(2)]
+    resumed = open_loader(backend, batch_size=10)
+    resumed.load_state_dict({**resumed.state_dict(), "cursor": 37})
+    late = by_id(resumed)
+    assert len(late) == 103 - 37
+    assert plain.keys() == small.keys() == ranks[0].keys() | ranks[1].keys()
+    for others in (small, *ranks, late):
+        assert all(torch.equal(picture, plain[sample_id]) for sample_id, picture in others.items())
+    other_seed, no_shuffle = by_id(open_loader(backend, seed=6)), by_id(open_loader(backend, shuffle=False))
+    assert not torch.equal(other_seed[0], plain[0])
+    assert all(torch.equal(picture, plain[sample_id]) for sample_id, picture in no_shuffle.items())
+
+
+def test_epochs_are_augmented_differently_and_can_be_revisited(backend: str, open_loader: Open) -> None:
+    loader = open_loader(backend)
+    first, second = by_id(loader), by_id(loader)
+    assert sum(torch.equal(first[i], second[i]) for i in range(103)) == 0
+    loader.set_epoch(0)
+    again = by_id(loader)
+    assert all(torch.equal(first[i], again[i]) for i in range(103))
+
+
+def test_tiles_keep_their_sides(backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
+    """Red tiles left, blue tiles right: no flip, rotation or shift may mix them."""
+    pixels = np.zeros((20, 2, 32, 32, 3), dtype=np.uint8)
+    pixels[:, 0, ..., 0], pixels[:, 1, ..., 2] = 255, 255
+    augment = AugmentConfig(rotate_degrees=45.0, flip_probability=0.5, shift_pixels=4)
+    loader = open_loader(backend, folder=make_folder(pixels), augment=augment)
+    mean = torch.tensor((125.0, 120.0, 110.0)).view(3, 1, 1)
+    for batch in loader:
+        values = batch.images * STD + mean
+        assert values[:, 1:, :, :32].abs().max() < 0.01
+        assert values[:, :2, :, 32:].abs().max() < 0.01
+        assert values[:, 0, 16, 16].min() > 200.0
+        assert values[:, 2, 16, 48].min() > 200.0
+
+
+@pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 24, 16)])
+def test_any_number_and_size_of_tiles(
+    tiles: int, height: int, width: int, make_folder: Callable[..., Path], open_loader: Open, backend: str
+) -> None:
+    from pairclip_fast.data.augment import augment_tiles
+
+    pixels = np.random.default_rng(0).integers(0, 256, (9, tiles, height, width, 3), dtype=np.uint8)
+    loader = open_loader(backend, folder=make_folder(pixels, encoding="png"), batch_size=4)
+    for batch in loader:
+        ids = batch.sample_ids.numpy()
+        table = torch.from_numpy(parameter_table(ids, tiles=tiles, seed=5, epoch=0, augment=FULL))
+        expected = augment_tiles(torch.from_numpy(pixels[ids]), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0))
+        assert ((batch.images - expected).abs() * STD).max() < 0.05
+
+
+def test_resume_anywhere_is_exact(backend: str, open_loader: Open) -> None:
+    whole = open_loader(backend)
+    expected = [*whole, *whole, *whole]
+    interrupted = open_loader(backend)
+    seen: list[Batch] = []
+    for stop in (3, 7, 1, 10, 100):
+        for count, batch in enumerate(_endless(interrupted), start=1):
+            seen.append(batch)
+            if count == stop or len(seen) == len(expected):
+                break
+        state = json.loads(json.dumps(interrupted.state_dict()))
+        assert len(json.dumps(state)) < 300
+        interrupted.close()
+        if len(seen) == len(expected):
+            break
+        interrupted = open_loader(backend)
+        interrupted.load_state_dict(state)
+    for first, second in zip(seen, expected, strict=True):
+        assert_same(first, second)
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    while True:
+        yield from loader
+
+
+def test_state_counts_what_was_delivered_not_what_was_prefetched(backend: str, open_loader: Open) -> None:
+    loader = open_loader(backend)
+    iterator = iter(loader)
+    states = []
+    for _ in range(7):
+        next(iterator)
+        time.sleep(0.01)  # lets the thread run ahead
+        states.append((loader.state_dict()["epoch"], loader.state_dict()["cursor"]))
+    assert states == [(0, 16), (0, 32), (0, 48), (0, 64), (0, 80), (0, 96), (1, 0)]
+    assert next(iterator, None) is None
+    assert (loader.state_dict()["epoch"], loader.state_dict()["cursor"]) == (1, 0)
+
+
+def test_the_batch_size_may_change_at_a_resume(backend: str, open_loader: Open) -> None:
+    first = open_loader(backend, augment=None)
+    iterator = iter(first)
+    ids = [next(iterator).sample_ids for _ in range(2)]
+    second = open_loader(backend, augment=None, batch_size=9, drop_last=True)
+    second.load_state_dict(first.state_dict())
+    ids += [batch.sample_ids[batch.valid] for batch in second]
+    order = Plan(num_samples=103, batch_size=1, seed=5).order(0)
+    assert torch.cat(ids).tolist() == order[: 32 + 71 // 9 * 9].tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"shuffle": False}, {"augment": None}, {"encoding": "png"}], ids=["seed", "shuffle", "augment", "data"]
+)
+def test_a_state_of_another_stream_is_refused(change: dict[str, object], open_loader: Open) -> None:
+    state = open_loader("reference").state_dict()
+    other = open_loader("reference", **change)
+    (name,) = (name for name in state if other.state_dict()[name] != state[name])
+    with pytest.raises(DataError) as caught:
+        other.load_state_dict(state)
+    assert f"{name}={state[name]}" in str(caught.value.expected)
+    assert f"{name}={other.state_dict()[name]}" in str(caught.value.got)
+
+
+@pytest.mark.parametrize("damage", [{"cursor": -1}, {"cursor": 104}, {"epoch": -1}, {"cursor": "x"}, {"v": 2}, {"epoch": None}], ids=str)
+def test_a_damaged_state_is_refused(damage: dict[str, object], open_loader: Open) -> None:
+    loader = open_loader("reference")
+    state = {key: value for key, value in {**loader.state_dict(), **damage}.items() if value is not None}
+    with pytest.raises(DataError):
+        loader.load_state_dict(state)
+
+
+def _resources() -> tuple[int, int]:
+    gc.collect()
+    return sum(thread.name == "pairclip-loader" for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
+
+
+def _native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names only
+
+
+def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: EventLog) -> None:
+    """Break off early, forget the iterator, close in the middle, leave it to the garbage collector: nothing stays."""
+
+    def once(way: str) -> None:
+        loader = make_loader(folders["raw"], split="train", batch_size=8, augment=FAST, seed=0, device=CPU, events=events, backend=backend)
+        iterator = iter(loader)
+        next(iterator)
+        if way == "break":
+            for _ in iterator:
+                break
+        if way == "exception":
+            with pytest.raises(KeyError):
+                _fail(loader)
+        if way == "two iterators":
+            next(iter(loader))
+        if way != "drop":
+            loader.close()
+            assert next(iterator, None) is None
+
+    for way in ("break", "drop"):
+        once(way)  # what the libraries keep for good is there now
+    before, native = _resources(), _native_threads()
+    assert before[0] == 0
+    for way in ("break", "exception", "two iterators", "drop", "close"):
+        once(way)
+        assert _resources() == before, way
+    assert _native_threads() <= native + 1
+
+
+LEAVE_IN_THE_MIDDLE = """
+import sys, torch
+from pathlib import Path
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.loader import make_loader
+from pairclip_fast.events import EventLog
+loader = make_loader(Path(sys.argv[1]), split="train", batch_size=16, augment=AugmentConfig(rotate_degrees=5.0, saturation=0.5), seed=0,
+                     device=torch.device("cpu"), events=EventLog(console=False), backend="reference")
+for batch in loader:
+    sys.exit(7)
+"""
+
+
+def test_a_process_may_end_in_the_middle(folders: dict[str, Path]) -> None:
+    """The thread may be inside torch at that moment, which used to abort the process."""
+    done = subprocess.run([sys.executable, "-c", LEAVE_IN_THE_MIDDLE, folders["raw"]], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def _fail(loader: Loader) -> None:
+    for _ in loader:
+        raise KeyError
+
+
+def test_closing_twice_and_while_iterating_is_fine(backend: str, open_loader: Open) -> None:
+    loader = open_loader(backend)
+    for number, _ in enumerate(loader):
+        if number == 1:
+            loader.close()
+    assert number == 1
+    loader.close()
+
+
+def test_a_new_iterator_takes_over(backend: str, open_loader: Open) -> None:
+    loader = open_loader(backend, augment=None)
+    first = iter(loader)
+    delivered = [next(first)]
+    second = iter(loader)
+    delivered += list(second)
+    assert next(first, None) is None
+    assert [batch.step for batch in delivered] == list(range(7))
+    assert loader.state_dict()["epoch"] == 1
+
+
+def test_pictures_stay_what_they_were(backend: str, open_loader: Open) -> None:
+    """No buffer is reused under the consumer's hands, even after the loader is gone."""
+    loader = open_loader(backend)
+    kept = list(loader)
+    copies = [batch.images.clone() for batch in kept]
+    for _ in loader:
+        pass
+    loader.close()
+    del loader
+    gc.collect()
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+@pytest.mark.parametrize("damage", ["zeros", "other size"])
+def test_a_bad_picture_is_named(
+    encoding: str, damage: str, backend: str, make_folder: Callable[..., Path], pixels: np.ndarray, open_loader: Open
+) -> None:
+    folder = make_folder(pixels[:30], encoding=encoding, shard_size=12)
+    with ShardReader(folder, "train") as reader:
+        offset, size = (
+            int(column[17]) for column in (reader.spans[reader.manifest.extension].offsets, reader.spans[reader.manifest.extension].sizes)
+        )
+        good = bytes(reader.payload(17))
+    with (folder / "train" / "000001.tar").open("r+b") as shard:
+        shard.seek(offset + (0 if damage == "zeros" else _height_offset(good, encoding)))
+        shard.write(b"\0" * (size // 2) if damage == "zeros" else b"\0\x21")
+    with pytest.raises(DataError) as caught:
+        list(open_loader(backend, folder=folder, batch_size=10))
+    assert "000001.tar" in str(caught.value.where)
+    assert "000000017" in str(caught.value.where)
+
+
+def _height_offset(picture: bytes, encoding: str) -> int:
+    """Where the low 16 bits of the height are: in PNG's IHDR chunk, or in JPEG's SOF0 segment."""
+    return 22 if encoding == "png" else picture.index(b"\xff\xc0") + 5
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(open_loader: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = open_loader("reference")
+    iterator = iter(loader)
+    next(iterator)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ArithmeticError("of the thread")
+
+    monkeypatch.setattr(loader_module, "parameter_table", fail)
+    with pytest.raises(ArithmeticError, match="of the thread"):
+        list(iterator)
+
+
+def test_a_damaged_tar_is_named_by_the_reference_backend(make_folder: Callable[..., Path], pixels: np.ndarray, open_loader: Open) -> None:
+    folder = make_folder(pixels[:30], shard_size=12)
+    shard = folder / "train" / "000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[0:4] = b"junk"  # the first name, so its header checksum is wrong too
+    shard.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        open_loader("reference", folder=folder)
+    assert "train" in str(caught.value.where)
+
+
+def test_choice_of_backend(events: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", device=CPU, events=events) == "reference"
+    assert choose_backend("auto", device=cuda, events=events) == "dali"
+    assert events.fallbacks == []
+    with pytest.raises(EnvironmentLackingError):
+        choose_backend("native", device=CPU, events=events)
+    with pytest.raises(ConfigError, match="unknown loader"):
+        choose_backend("ffcv", device=CPU, events=events)
+    monkeypatch.setattr(loader_module, "dali_installed", lambda: False)
+    with pytest.raises(EnvironmentLackingError, match="DALI"):
+        choose_backend("dali", device=CPU, events=events)
+    assert choose_backend("auto", device=cuda, events=events) == "reference"
+    assert [event["chosen"] for event in events.fallbacks] == ["reference"]
+
+
+def test_refusals(open_loader: Open, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch size"):
+        open_loader("reference", batch_size=104, drop_last=True)
+    with pytest.raises(ConfigError, match="batch size"):
+        open_loader("reference", batch_size=16, world_size=3, rank=0)
+    with pytest.raises(DataError, match="split"):
+        open_loader("reference", split="test")
+    with pytest.raises(DataError):
+        open_loader("reference", folder=tmp_path)
+
+
+def test_small_splits_can_be_evaluated_with_large_batches(backend: str, open_loader: Open) -> None:
+    (batch,) = open_loader(backend, batch_size=128)
+    assert int(batch.valid.sum()) == 103
+    assert len(set(batch.sample_ids[batch.valid].tolist())) == 103

@@ -1,0 +1,50 @@
+"""The same stream on a real GPU: run where there is one, counted as skipped elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.loader import make_loader
+from pairclip_fast.events import EventLog
+
+STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
+AUGMENTS = {
+    "nothing": None,
+    "flip and shift": AugmentConfig(flip_probability=0.5, shift_pixels=3),
+    "everything": AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2),
+}
+TOLERANCES = {"reference": 0.02, "dali": 0.25}
+"""In units of the 0..255 scale (design, section 3.4)."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", TOLERANCES)
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_gpu_stream_equals_the_cpu_reference(augment: str, encoding: str, backend: str, folders: dict[str, Path], events: EventLog) -> None:
+    loaders = [
+        make_loader(
+            folders[encoding],
+            split="train",
+            batch_size=16,
+            augment=AUGMENTS[augment],
+            seed=5,
+            device=torch.device(device),
+            events=events,
+            backend=name,
+            drop_last=False,
+        )
+        for name, device in (("reference", "cpu"), (backend, "cuda"))
+    ]
+    for _ in range(2):
+        for cpu, gpu in zip(*loaders, strict=True):
+            assert gpu.images.device.type == "cuda"
+            assert torch.equal(cpu.sample_ids, gpu.sample_ids.cpu())
+            assert torch.equal(cpu.valid, gpu.valid.cpu())
+            assert ((cpu.images - gpu.images.cpu()).abs() * STD).max() < TOLERANCES[backend]
+    for loader in loaders:
+        loader.close()
