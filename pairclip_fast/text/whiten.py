@@ -1,0 +1,70 @@
+"""Whitening of a caption bank: a fixed linear map that spends the sphere on what tells captions apart.
+
+Text encoders put the captions of one template into a narrow cone (cosine of a caption with its left-right swap: 0.99),
+so that at any sane temperature even a perfect image embedding cannot make the true caption stand out. Centring removes
+the cone, PCA whitening gives every kept direction the same variance, and rows are L2-normalised again.
+Source: PCA whitening as in Kessy, Lewin and Strimmer 2018, https://arxiv.org/abs/1512.00809, section 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from pairclip_fast.errors import DataError
+
+
+def principal_axes(
+    features: Float[Tensor, "n dim"],
+) -> tuple[Float64[Tensor, " dim"], Float64[Tensor, " rank"], Float64[Tensor, "dim rank"]]:
+    """Mean, variances (descending) and axes of the centred features, as far as float32 features determine them.
+
+    An axis counts if its singular value exceeds `max(n, dim) * eps(float32)` of the largest (numpy's `matrix_rank`).
+    The sign of an axis makes its largest component positive, so that the map does not depend on the LAPACK in use.
+    """
+    rows = features.double()
+    mean = rows.mean(0)
+    centred = rows - mean
+    variances, axes = torch.linalg.eigh(centred.T @ centred / rows.shape[0])
+    variances, axes = variances.flip(0).clamp_min(0), axes.flip(1)
+    tolerance = (max(features.shape) * float(np.finfo(np.float32).eps)) ** 2
+    # Rows are unit vectors: variances at the level of float32 rounding are noise even if all of them are.
+    floor = float(np.finfo(np.float32).eps) ** 2
+    rank = int((variances > max(tolerance * float(variances[0]), floor)).sum())
+    axes = axes[:, :rank]
+    strongest = axes.abs().argmax(0, keepdim=True)
+    return mean, variances[:rank], axes * axes.gather(0, strongest).sign()
+
+
+def whitening_map(features: Float[Tensor, "n dim"], *, rank: int) -> tuple[Float64[Tensor, " dim"], Float64[Tensor, "dim rank"]]:
+    """The mean to subtract and the projection to apply.
+
+    Args:
+        features: The raw bank.
+        rank: Directions to keep, strongest first; limited by the numerical rank of the centred bank.
+
+    Raises:
+        DataError: all captions have the same feature.
+    """
+    mean, variances, axes = principal_axes(features)
+    if len(variances) == 0:
+        raise DataError("the captions cannot be told apart: all have the same text feature", where="the caption bank")
+    return mean, axes[:, :rank] / variances[:rank].sqrt()
+
+
+def apply_map(
+    features: Float[Tensor, "n dim"], *, mean: Float64[Tensor, " dim"], projection: Float64[Tensor, "dim rank"]
+) -> Float[Tensor, "n rank"]:
+    """`normalise((features - mean) @ projection)` in float64, returned as float32.
+
+    Raises:
+        DataError: a feature lies on the mean, so it has no direction.
+    """
+    mapped = (features.double() - mean) @ projection
+    norms = mapped.norm(dim=-1, keepdim=True)
+    if not bool((norms > 1e-6).all()):
+        raise DataError("a caption has no direction after whitening", where=f"caption {int(norms.argmin())}", fix="use --bank raw")
+    unit: Tensor = mapped / norms
+    return unit.float()
