@@ -1,0 +1,124 @@
+"""The bank operations as torch library ops: schema, body, shapes for tracing, gradient, FLOP formula.
+
+Registered ops are opaque to `torch.compile` and to autograd, so the kernel of a device can be added (`torch.library.impl`)
+without touching any caller. The operators are made with `define` and `impl` rather than `custom_op`: the same ops, but
+their first call does not import the compiler, which takes 1 to 5 seconds. Registering is the one thing this package does at
+import time; torch offers no later moment that tracing, autograd and the FLOP counter would all respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from pairclip_fast.kernels import portable
+
+NAMESPACE = "pairclip"
+
+
+def registered(name: str) -> Callable[..., Any]:
+    """The op `pairclip::name`, whichever implementation the dispatcher picks for its arguments."""
+    op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
+
+
+def outside_autocast(device: torch.device) -> torch.autocast:
+    """An op's body still sees the caller's autocast, which would round the scores to bfloat16."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    with outside_autocast(emb.device):
+        return portable.bank_softmax(emb, bank, scale)
+
+
+def _bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None) -> tuple[Tensor, ...]:
+    with outside_autocast(emb.device):
+        return portable.bank_stats(emb, bank, scale, targets.long(), groups)
+
+
+def _pair_scores(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
+    with outside_autocast(emb.device):
+        return portable.pair_scores(emb, bank, indices.long())
+
+
+def _bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    with outside_autocast(emb.device):
+        return portable.bank_topk(emb, bank, k)
+
+
+def _accumulator(emb: Tensor) -> torch.dtype:
+    return torch.float64 if emb.dtype == torch.float64 else torch.float32
+
+
+def _fake_bank_softmax(emb: Tensor, _bank: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
+    return emb.new_empty(emb.shape[0], dtype=_accumulator(emb)), emb.new_empty(emb.shape, dtype=_accumulator(emb))
+
+
+def _fake_bank_stats(emb: Tensor, _bank: Tensor, _scale: Tensor, _targets: Tensor, _groups: Tensor | None) -> tuple[Tensor, ...]:
+    dtypes = (_accumulator(emb), _accumulator(emb), torch.int32, torch.int32)
+    return tuple(emb.new_empty(emb.shape[0], dtype=dtype) for dtype in dtypes)
+
+
+def _fake_pair_scores(emb: Tensor, _bank: Tensor, indices: Tensor) -> Tensor:
+    return emb.new_empty(indices.shape, dtype=_accumulator(emb))
+
+
+def _fake_bank_topk(emb: Tensor, _bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return emb.new_empty(emb.shape[0], k, dtype=_accumulator(emb)), emb.new_empty(emb.shape[0], k, dtype=torch.int64)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    emb, _bank, scale = inputs
+    _lse, mean = output
+    ctx.save_for_backward(emb, scale, mean)
+    ctx.mark_non_differentiable(mean)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_lse: Tensor, _grad_mean: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+    """d lse_i / d e_i = scale mean_i; d lse_i / d scale = e_i . mean_i (no second pass over the bank)."""
+    emb, scale, mean = ctx.saved_tensors
+    grad_emb = ((grad_lse[:, None] * scale) * mean).to(emb.dtype) if ctx.needs_input_grad[0] else None
+    grad_scale = (grad_lse * (emb.to(mean.dtype) * mean).sum(dim=1)).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
+    return grad_emb, None, grad_scale
+
+
+def _flops_two_products(emb: torch.Size, bank: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    return 4 * emb[0] * bank[0] * emb[1]
+
+
+def _flops_one_product(emb: torch.Size, bank: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    return 2 * emb[0] * bank[0] * emb[1]
+
+
+def _flops_chosen(emb: torch.Size, _bank: torch.Size, indices: torch.Size, **_kwargs: Any) -> int:
+    return 2 * indices[0] * indices[1] * emb[1]
+
+
+def _register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int]) -> None:
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "default", body)
+    torch.library.register_fake(qualified, fake)
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+
+
+_register(
+    "bank_softmax", "(Tensor emb, Tensor bank, Tensor scale) -> (Tensor, Tensor)", _bank_softmax, _fake_bank_softmax, _flops_two_products
+)
+_register(
+    "bank_stats",
+    "(Tensor emb, Tensor bank, Tensor scale, Tensor targets, Tensor? groups) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bank_stats,
+    _fake_bank_stats,
+    _flops_one_product,
+)
+_register("pair_scores", "(Tensor emb, Tensor bank, Tensor indices) -> Tensor", _pair_scores, _fake_pair_scores, _flops_chosen)
+_register("bank_topk", "(Tensor emb, Tensor bank, int k) -> (Tensor, Tensor)", _bank_topk, _fake_bank_topk, _flops_one_product)
+torch.library.register_autograd(f"{NAMESPACE}::bank_softmax", _backward, setup_context=_save_for_backward)
