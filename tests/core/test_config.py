@@ -54,7 +54,7 @@ optimizers = st.builds(
     lambda lr, share, **rest: configs.OptimizerConfig(lr=lr, final_lr=lr * share, **rest),
     lr=st.floats(1e-8, 10.0),
     share=st.sampled_from([0.0, 0.5, 1.0]),
-    kind=st.sampled_from(["adam", "adamw"]),
+    kind=st.sampled_from(["adam", "adamw", "muon"]),
     schedule=st.sampled_from(["constant", "cosine", "linear"]),
     warmup_epochs=below_one,
     weight_decay=st.floats(0.0, 10.0),

@@ -1,0 +1,68 @@
+"""`torch.compile` with a way back: a compiler that is missing or fails costs one event, not the run.
+
+Compiling happens in a warm-up step on noise, before the clock starts, that leaves no trace: gradients are dropped,
+buffers and generators put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pairclip_fast.events import EventLog
+from pairclip_fast.train.loop import Trainee
+
+REASON_LENGTH = 300
+
+
+def compile_encoder(trainee: Trainee, *, setting: str, images: tuple[int, int, int, int], num_captions: int, events: EventLog) -> str:
+    """Compile the encoder's forward and backward pass for one shape of images.
+
+    Args:
+        trainee: Its module's `encode` is replaced.
+        setting: `auto` (on CUDA only), `on` or `off`.
+        images: Shape of a micro-batch.
+        num_captions: Caption ids are below this.
+        events: Told about a failure, with its reason.
+
+    Returns:
+        `compiled` or `eager`, with the reason.
+    """
+    if setting == "off" or (setting == "auto" and not trainee.placement.is_cuda):
+        return "eager (--compile off)" if setting == "off" else "eager (compiled on CUDA only)"
+    module = trainee.module
+    eager = module.encode
+    try:
+        compiled: Callable[[Tensor], Tensor] = torch.compile(module.encoder.forward, dynamic=False)
+        module.encode = compiled
+        warm_up(trainee, images=images, num_captions=num_captions)
+    except (RuntimeError, OSError, ImportError) as error:
+        # Whatever is no fault of the compiler comes back in the eager step that follows.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+        torch._dynamo.reset()
+        module.encode = eager
+        warm_up(trainee, images=images, num_captions=num_captions)
+        events.fallback("torch.compile", chosen="eager", reason=reason)
+        return "eager (compiling failed)"
+    return "compiled"
+
+
+def warm_up(trainee: Trainee, *, images: tuple[int, int, int, int], num_captions: int) -> None:
+    """One forward and backward pass on noise; weights, buffers, gradients and generators stay as they were."""
+    module, device = trainee.module, trainee.placement.device
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    with torch.random.fork_rng(devices=[device] if trainee.placement.is_cuda else []):
+        noise = torch.randn(images, device=device)
+        ids = torch.arange(images[0], device=device) % num_captions
+        module.train()
+        try:
+            loss = module(noise, ids, torch.ones_like(ids, dtype=torch.bool))
+            loss.backward()
+            trainee.placement.synchronise()
+        finally:
+            trainee.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in zip(module.buffers(), buffers, strict=True):
+                    buffer.copy_(before)

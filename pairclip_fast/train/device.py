@@ -1,0 +1,110 @@
+"""Everything that depends on where the tensors live; the only module of the training rooms with CUDA-only lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from torch import Tensor
+
+from pairclip_fast.data.loader import Batch
+from pairclip_fast.errors import EnvironmentLackingError
+from pairclip_fast.events import EventLog
+
+GIB = 2**30
+CUDA_GUARD_STEPS = 32
+"""Steps between two looks at the finite-number guard on CUDA: a look waits for the device to finish its queue."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A device and how to use it."""
+
+    device: torch.device
+    description: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def guard_steps(self) -> int:
+        """Steps between two reads of a device flag; reading costs nothing on a CPU."""
+        return CUDA_GUARD_STEPS if self.is_cuda else 1
+
+    def configure(self) -> None:
+        """Process-wide switches, set once by the runner: autotuned convolutions and TF32 outside of autocast."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+
+    def move(self, batch: Batch) -> Batch:
+        """`batch` on this device; from the CPU through pinned memory, so that the copy overlaps with computing."""
+        if batch.images.device.type == self.device.type:
+            return batch
+        return dataclasses.replace(
+            batch,
+            images=self._move(batch.images),
+            caption_ids=self._move(batch.caption_ids),
+            sample_ids=self._move(batch.sample_ids),
+            valid=self._move(batch.valid),
+        )
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def synchronise(self) -> None:
+        """Wait until the device has done what was queued."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> dict[str, float]:
+        """Device memory in GiB; empty on a CPU."""
+        if not self.is_cuda:
+            return {}
+        return {
+            "cuda_allocated_gib": torch.cuda.memory_allocated(self.device) / GIB,
+            "cuda_peak_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
+        }
+
+    def generator_states(self) -> dict[str, Tensor]:
+        """States of torch's generators as uint8 tensors."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.is_cuda:
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_generator_states(self, states: dict[str, Tensor]) -> None:
+        """Continue the generators; a state for a device that is not used now is left out."""
+        torch.set_rng_state(states["cpu"])
+        if self.is_cuda and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def choose_device(name: str, *, local_rank: int = 0, events: EventLog) -> Placement:
+    """The device that `name` (auto, cpu, cuda) stands for on this machine.
+
+    Raises:
+        EnvironmentLackingError: `cuda` was asked for and there is none.
+    """
+    if name != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        return Placement(device, torch.cuda.get_device_name(device))
+    if name == "cuda":
+        raise EnvironmentLackingError(
+            "no usable CUDA device", where="--device cuda", got=_cuda_lack(), fix="use --device auto, or run `pairclip-fast doctor`"
+        )
+    if name == "auto":
+        events.fallback("device", chosen="cpu", reason=_cuda_lack())
+    return Placement(torch.device("cpu"), f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores")
+
+
+def supports_fused_adam(parameter: Tensor) -> bool:
+    """Whether torch has a fused Adam kernel for this parameter."""
+    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+
+
+def _cuda_lack() -> str:
+    return "no CUDA device found" if torch.version.cuda else "this torch was built without CUDA"

@@ -1,0 +1,113 @@
+"""What `train` and `eval` can be told, and how flags, a config file and a preset become one configuration.
+
+A flag that is None keeps what the config file says, which in turn keeps what the preset says. Nothing here imports torch:
+a typo in a flag or a key is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from pairclip_fast.config import DEFAULT_PRESET, RunConfig, load_preset, overlay, read_toml
+
+DEFAULT_DATA = Path("data")
+DEFAULT_RUNS = Path("runs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """The flags of `pairclip-fast train`; None keeps the preset's value."""
+
+    data: Path | None = None
+    """Data folder (default: data, or the one that the resumed run was trained on)."""
+    out: Path | None = None
+    """Run folder (default: runs/<preset>-<time>; with --resume the newest run)."""
+    preset: str | None = None
+    """Preset to start from (default: vit)."""
+    amp: bool = False
+    """Mixed precision where the device computes it natively."""
+    epochs: int | None = None
+    """Passes over the training pairs."""
+    batch_size: int | None = None
+    """Pairs per optimizer step, over all processes."""
+    lr: float | None = None
+    """Peak learning rate."""
+    loader: Literal["auto", "native", "dali", "reference"] | None = None
+    """Which loader feeds the training."""
+    loss: Literal["bank", "infonce"] | None = None
+    """Softmax over all captions, or symmetric InfoNCE within the batch."""
+    bank: Literal["raw", "whiten"] | None = None
+    """The text encoder's features as they are, or whitened."""
+    compile: Literal["auto", "on", "off"] | None = None
+    """torch.compile: on CUDA only, everywhere, or nowhere."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to train."""
+    seed: int | None = None
+    """Seed of weights, order and augmentation."""
+    resume: bool = False
+    """Continue the run in --out, or the newest run."""
+    config: Path | None = None
+    """TOML file with the same tables as a preset, any subset of keys."""
+    text_encoder: str | None = None
+    """Text encoder to embed the captions with if the data folder has no bank yet (default: auto)."""
+    dry_run: bool = False
+    """Print plan, sizes and time estimate; touch nothing."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """The flags of `pairclip-fast eval`."""
+
+    run: Path
+    """Run folder."""
+    data: Path | None = None
+    """Data folder with the same class names (default: the one the run was trained on)."""
+    split: Literal["val", "test", "train"] = "val"
+    """Which pairs to rank."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> RunConfig:
+    """Preset, overlaid with the config file, overlaid with the flags.
+
+    Two things follow a flag because no other flag could mend them: fewer epochs than the warm-up shrink it in
+    proportion, and `--loss infonce` switches label smoothing off.
+
+    Args:
+        options: The flags.
+        base: Start from this configuration (a resumed run's) instead of the preset.
+
+    Raises:
+        ConfigError: unknown preset or key, wrong type, or values that do not fit together.
+    """
+    tables = read_toml(options.config) if options.config is not None else {}
+    if base is None:
+        base = load_preset(options.preset or str(tables.get("preset", DEFAULT_PRESET)))
+    if options.preset is not None:
+        tables["preset"] = options.preset
+    config = overlay(base, tables, where=str(options.config)) if tables else base
+    flags = _flag_tables(options, config)
+    return overlay(config, flags, where="the command line") if flags else config
+
+
+def _flag_tables(options: TrainOptions, config: RunConfig) -> dict[str, Any]:
+    """The given flags as configuration tables."""
+    train = {name: getattr(options, name) for name in ("epochs", "batch_size", "loader", "compile", "device", "seed")}
+    train = {name: value for name, value in train.items() if value is not None}
+    if options.amp:
+        train["amp"] = True
+    tables: dict[str, Any] = {"train": train, "optimizer": {}, "loss": {}, "bank": {}}
+    if options.lr is not None:
+        tables["optimizer"] = {"lr": options.lr, "final_lr": min(config.optimizer.final_lr, options.lr)}
+    if options.epochs is not None and 0 < options.epochs < config.optimizer.warmup_epochs:
+        tables["optimizer"]["warmup_epochs"] = config.optimizer.warmup_epochs * options.epochs / config.train.epochs
+    if options.loss is not None:
+        tables["loss"] = {"kind": options.loss} | ({"label_smoothing": 0.0} if options.loss == "infonce" else {})
+    if options.bank is not None:
+        tables["bank"] = {"kind": options.bank}
+    return {name: table for name, table in tables.items() if table}

@@ -1,0 +1,187 @@
+"""What a run will cost, said before it starts: parameters, FLOPs, steps, memory, and the time from a short probe."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pairclip_fast.config import RunConfig
+from pairclip_fast.data.loader import choose_backend
+from pairclip_fast.data.manifest import Manifest
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.flops import training_flops_per_pair
+from pairclip_fast.telemetry.timing import words_for_seconds
+from pairclip_fast.text.bank import CaptionBank
+from pairclip_fast.train.device import choose_device
+from pairclip_fast.train.distributed import Processes
+from pairclip_fast.train.ema import copy_module
+from pairclip_fast.train.loop import Trainee
+from pairclip_fast.train.precision import choose_precision
+from pairclip_fast.train.setup import BANK, Parts, build_trainee, used_bank
+
+PROBE_PAIRS = 8
+"""Pairs of the first, smallest pass."""
+PROBE_TRIES = 2
+PROBE_SECONDS = 1.0
+FORWARD_SHARE = 1 / 3
+"""Of a training step's FLOPs, those of its forward pass: what an evaluation costs per pair."""
+ASSUMED_TEXT_DIM = 512
+"""Width of CLIP ViT-B's text features."""
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """The cost of a run. Time and memory are estimates."""
+
+    num_train: int
+    num_val: int
+    num_captions: int
+    parameters: int
+    flops_per_pair: float
+    """Training: forward and backward pass, loss included."""
+    steps_per_epoch: int
+    epochs: int
+    total_pflop: float
+    eta_s: float
+    memory_gib: float
+    """Weights, gradients, optimizer, averages, bank, and activations of one micro-batch."""
+    device: str
+    precision: str
+    loader: str
+    compile: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        return [
+            f"plan: {self.num_train:,} training and {self.num_val:,} validation pairs, {self.num_captions:,} captions",
+            f"      {self.parameters:,} parameters, {self.flops_per_pair / 1e9:.3f} GFLOP per pair, {self.total_pflop:.4g} PFLOP in all",
+            f"      {self.epochs} epochs of {self.steps_per_epoch:,} steps; {self.precision}; loader {self.loader}; {self.compile}",
+            f"      on {self.device}",
+            f"      about {words_for_seconds(self.eta_s)} (estimate), {self.memory_gib:.2f} GiB for the training itself (estimate)",
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a short trial showed."""
+
+    pairs_per_second: float
+    activation_bytes_per_pair: float
+
+
+def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, steps_done: int = 0) -> TrainingPlan:
+    """The plan of a run or of what is left of it."""
+    config, module = parts.config, trainee.module
+    flops = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.bank.num_captions))
+    found = probe(parts, trainee, limit=parts.micro_batch)
+    num_val = parts.manifest.splits["val"].count if "val" in parts.manifest.splits else 0
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    pairs = parts.steps_per_epoch * config.train.batch_size * config.train.epochs
+    left = pairs - steps_done * config.train.batch_size
+    ranked = num_val * (max(config.train.epochs * left / max(pairs, 1), 0.0) + 1)
+    copies = 4 + bool(config.optimizer.ema_decay)  # weight, gradient, two moments, average
+    rate = found.pairs_per_second * parts.processes.world_size
+    return TrainingPlan(
+        num_train=parts.num_train,
+        num_val=num_val,
+        num_captions=parts.bank.num_captions,
+        parameters=parameters,
+        flops_per_pair=flops,
+        steps_per_epoch=parts.steps_per_epoch,
+        epochs=config.train.epochs,
+        total_pflop=flops * pairs / 1e15,
+        eta_s=left / rate + ranked * FORWARD_SHARE / found.pairs_per_second,
+        memory_gib=(4 * parameters * copies + 4 * parts.bank.text_features.numel() + found.activation_bytes_per_pair * parts.micro_batch)
+        / GIB,
+        device=f"{parts.placement.device.type} ({parts.placement.description})",
+        precision=f"{parts.precision.name} ({parts.precision.reason})",
+        loader=loader,
+        compile=compiled,
+    )
+
+
+def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
+    """Forward and backward passes of a copy of the model on noise, about `PROBE_SECONDS`; touches neither model nor generators.
+
+    Batches double from `PROBE_PAIRS` to `limit`; the best rate counts, since everything else on the machine only slows down.
+    """
+    module = copy_module(trainee.module).train()
+    placement, device = parts.placement, parts.placement.device
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def seconds(pairs: int) -> float:
+        images = torch.randn((pairs, *parts.image_shape), device=device, generator=generator)
+        ids = torch.arange(pairs, device=device) % parts.bank.num_captions
+        placement.synchronise()
+        started = time.perf_counter()
+        module(images, ids, torch.ones_like(ids, dtype=torch.bool)).backward()
+        placement.synchronise()
+        return time.perf_counter() - started
+
+    with torch.random.fork_rng(devices=[device] if placement.is_cuda else []):
+        pairs = min(PROBE_PAIRS, limit)
+        activations = saved_bytes(lambda: seconds(pairs), module=module)  # the first pass also pays for allocations
+        best, tries, started = 0.0, 0, time.perf_counter()
+        while tries < PROBE_TRIES or time.perf_counter() - started < PROBE_SECONDS:
+            best = max(best, pairs / max(seconds(pairs), 1e-9))
+            pairs, tries = min(2 * pairs, limit), tries + 1
+    return Probe(pairs_per_second=best, activation_bytes_per_pair=activations / min(PROBE_PAIRS, limit))
+
+
+def saved_bytes(run: Callable[[], object], *, module: torch.nn.Module) -> int:
+    """Bytes that autograd keeps from the forward to the backward pass of `run`, weights not counted."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+
+def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> TrainingPlan:
+    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing.
+
+    Without a caption bank on disk, the bank's size is taken from the configuration and its features are noise: the cost is
+    the same.
+    """
+    placement = choose_device(config.train.device, events=events)
+    precision = choose_precision(placement.device, amp=config.train.amp, events=events)
+    paths = [path for path in (run / BANK, data / BANK) if path.is_file()]
+    bank = CaptionBank.load(paths[0]) if paths else _noise_bank(config, manifest)
+    if not paths:
+        events.note(f"the captions are not embedded yet: {bank.dim} dimensions assumed")
+    if paths and bank.kind == "raw":
+        bank = used_bank(bank, config)
+    processes = Processes()
+    parts = Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
+    backend = choose_backend(config.train.loader, device=placement.device, events=events)
+    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
+    with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
+        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+
+
+def _noise_bank(config: RunConfig, manifest: Manifest) -> CaptionBank:
+    dim = min(config.bank.rank, manifest.num_captions - 1) if config.bank.kind == "whiten" else ASSUMED_TEXT_DIM
+    noise = torch.randn(manifest.num_captions, dim, generator=torch.Generator().manual_seed(0))
+    return CaptionBank(
+        text_features=torch.nn.functional.normalize(noise, dim=-1),
+        encoder="none",
+        model="none",
+        digest="",
+        template=manifest.template,
+        class_names=tuple(manifest.class_names),
+    )

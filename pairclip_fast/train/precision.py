@@ -1,0 +1,70 @@
+"""Which number format the forward pass runs in: what was asked for, bounded by what the device computes natively.
+
+Emulated bfloat16 is slower than float32, so support means instructions, not an API that returns without error.
+Weights, optimizer state, loss and softmax stay in float32 in every mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Literal
+
+import torch
+
+from pairclip_fast.events import EventLog
+
+AMPERE = (8, 0)
+"""First compute capability with bfloat16 tensor cores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The chosen format and the reason for it."""
+
+    name: Literal["fp32", "bf16", "fp16"]
+    device_type: str
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def gradient_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16; passes everything through otherwise."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def choose_precision(device: torch.device, *, amp: bool, events: EventLog) -> Precision:
+    """The fastest format that `device` computes natively, if `amp` asks for it.
+
+    CUDA: bf16 from compute capability 8.0 on, else fp16 with loss scaling. CPU: bf16 with AVX-512 BF16 or AMX
+    instructions, else fp32 with a fallback event.
+    """
+    if not amp:
+        return Precision("fp32", device.type, "--amp not given")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        words = f"compute capability {capability[0]}.{capability[1]}"
+        if capability >= AMPERE and torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", "cuda", words)
+        events.fallback("--amp", chosen="fp16 with loss scaling", reason=f"no bfloat16 tensor cores ({words})")
+        return Precision("fp16", "cuda", words)
+    feature = cpu_bf16_feature()
+    if feature is not None:
+        return Precision("bf16", device.type, feature)
+    events.fallback("--amp", chosen="fp32", reason="this CPU has neither AVX-512 BF16 nor AMX; emulated bfloat16 is slower than float32")
+    return Precision("fp32", device.type, "no native bfloat16")
+
+
+def cpu_bf16_feature() -> str | None:
+    """Name of the CPU's bfloat16 matrix instructions, or None."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else None

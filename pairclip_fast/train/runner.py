@@ -1,0 +1,274 @@
+"""The course of a run: epochs, evaluations, checkpoints, signals, and what is told about them.
+
+`Runner` holds a run that was set up (see `starting`) and carries it to its end. Everything that decides the result is in
+the trainee and in `Progress`; the rest of this file tells and saves.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pairclip_fast.data.loader import Batch, Loader
+from pairclip_fast.errors import EnvironmentLackingError, StorageError
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.memory import host_memory
+from pairclip_fast.telemetry.timing import StepMeter
+from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
+from pairclip_fast.train.distributed import AGREEMENT_STEPS
+from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
+from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
+from pairclip_fast.train.planning import TrainingPlan
+from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.setup import Parts
+from pairclip_fast.train.signals import STOPPING, SignalFlags
+from pairclip_fast.train.state import capture, evaluated_weights, load_module
+from pairclip_fast.train.telling import ConsoleLine, resume_command
+
+
+class Runner:
+    """One run.
+
+    Args:
+        run: Run folder.
+        parts: Configuration, data, bank, placement.
+        trainee: Model and optimizer, at the state of `progress`.
+        progress: Where the run stands.
+        loader: Training batches, at the position of `progress`.
+        evaluator: Held-out pairs; None without a val split.
+        store: Checkpoints.
+        plan: What was announced.
+        identity: What the run was made from; goes into every checkpoint.
+        peak: Practical peak of the device in TFLOP/s.
+        events: The run's log.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        parts: Parts,
+        trainee: Trainee,
+        progress: Progress,
+        loader: Loader,
+        evaluator: Evaluator | None,
+        store: CheckpointStore,
+        plan: TrainingPlan,
+        identity: dict[str, Any],
+        peak: float,
+        events: EventLog,
+    ) -> None:
+        self.run, self.parts, self.trainee, self.progress, self.loader = run, parts, trainee, progress, loader
+        self.evaluator, self.store, self.plan, self.identity, self.peak, self.events = evaluator, store, plan, identity, peak, events
+        self.signals = SignalFlags()
+        self.failed_save: StorageError | None = None
+        self.evaluation_s = 0.0
+        self._meter = StepMeter(waited=lambda: self.loader.stats.wait_s)
+        self._line = ConsoleLine(events)
+        self._loss_sum = torch.zeros((), device=parts.placement.device)
+        self._loss_count = 0
+        self._scale = trainee.scaler.get_scale()
+        self._clock = self._saved_at = time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """Train to the end; the result as plain values.
+
+        Raises:
+            InterruptedRunError, TerminatedRunError: a signal asked to stop; everything is saved.
+            NumericsError: a loss or gradient is not finite; the last checkpoint is untouched.
+            EnvironmentLackingError: the device ran out of memory; everything is saved.
+            StorageError: the last save failed.
+        """
+        progress, steps = self.progress, self.parts.steps_per_epoch
+        with self.signals:
+            self._clock = self._saved_at = time.monotonic()
+            self._meter.restart()
+            while progress.finished is None:
+                if progress.step < (progress.epoch + 1) * steps and self._train_epoch():
+                    self._leave()
+                self._end_epoch()
+            return self._end()
+
+    def _train_epoch(self) -> bool:
+        try:
+            return train_epoch(self.trainee, self.loader, self.progress, after_step=self._after_step)
+        except torch.OutOfMemoryError as error:
+            self.trainee.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            peak = self.parts.placement.memory().get("cuda_peak_gib", host_memory()["peak_rss_gib"])
+            accumulate = 2 * self.parts.config.optimizer.accumulate
+            raise EnvironmentLackingError(
+                "the device ran out of memory",
+                where=f"step {self.progress.step}",
+                got=f"{peak:.1f} GiB at the peak ({error})",
+                fix=f"start again with --batch-size {self.parts.config.train.batch_size // 2}, or optimizer.accumulate = {accumulate}",
+            ) from error
+
+    def _after_step(self, batch: Batch, result: StepResult) -> bool:
+        """What follows a step: look at the guard, tell, save, stop. True to stop."""
+        progress = self.progress
+        self._meter.count(len(batch.sample_ids) * self.parts.processes.world_size)
+        self._loss_sum += result.loss
+        self._loss_count += 1
+        if progress.step % self.parts.placement.guard_steps == 0:
+            self.trainee.guard.check(events=self.events)
+        if self._meter.due or progress.step % self.parts.steps_per_epoch == 0:
+            self.trainee.guard.check(events=self.events)
+            self._tell(result)
+        if self.signals.take_save():
+            self.events.emit("signal", name="SIGUSR1", step=progress.step)
+            self.save()
+        elif time.monotonic() - self._saved_at >= 60 * self.parts.config.train.save_minutes:
+            self.save()
+        if self.parts.processes.world_size == 1 or progress.step % AGREEMENT_STEPS == 0:
+            self.signals.stop = self.parts.processes.agree(self.signals.stop)
+            return self.signals.stop != 0
+        return False
+
+    def _tell(self, result: StepResult) -> None:
+        """One `step` event and one line on the console; waits for the device."""
+        self.parts.placement.synchronise()
+        rates, progress, flops = self._meter.read(), self.progress, self.plan.flops_per_pair
+        left = max(self.parts.total_steps - progress.step, 0) * self.parts.config.train.batch_size
+        evaluations = self.parts.config.train.epochs - progress.epoch + 1
+        tflops = rates.pairs_per_second * flops / 1e12
+        eta = left / rates.pairs_per_second + evaluations * self.evaluation_s if rates.pairs_per_second else None
+        fields = {
+            "step": progress.step,
+            "epoch": (progress.step - 1) // self.parts.steps_per_epoch,
+            "samples_seen": progress.samples_seen,
+            "loss": float(self._loss_sum) / self._loss_count,
+            "lr": self.trainee.schedule(progress.step - 1),
+            "logit_scale": self.trainee.module.logit_scale,
+            "grad_norm": float(result.grad_norm),
+            "pairs_per_second": rates.pairs_per_second,
+            "tflops": tflops,
+            "peak_share": tflops / self.peak / self.parts.processes.world_size,
+            "data_wait_fraction": rates.data_wait_fraction,
+            "pflop": flops * progress.samples_seen / 1e15,
+            "eta_s": eta,
+            "memory": host_memory() | self.parts.placement.memory(),
+        }
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self._loss_count = 0
+        self.events.emit("step", **fields)
+        scale, self._scale = self._scale, self.trainee.scaler.get_scale()
+        if self._scale < scale:
+            self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
+        self._line.say(fields, total_steps=self.parts.total_steps, epochs=self.parts.config.train.epochs)
+
+    def save(self) -> None:
+        """Write a checkpoint. A disk that fails does not end the training; the next save point tries again."""
+        self.trainee.guard.check(events=self.events)
+        self._account()
+        self._saved_at = time.monotonic()
+        if not self.parts.processes.is_first:
+            return
+        progress, size, steps = self.progress, self.parts.config.train.batch_size, self.parts.steps_per_epoch
+        # The loader may be a batch ahead if a step failed: the position is that of the last finished step.
+        position: dict[str, int | str] = {"epoch": progress.step // steps, "cursor": progress.step % steps * size}
+        snapshot = capture(self.trainee, progress, identity=self.identity, loader=self.loader.state_dict() | position)
+        best = progress.best.checkpoint if progress.best is not None else None
+        try:
+            path = self.store.save_or_make_room(snapshot, step=progress.step, best=best)
+        except StorageError as error:
+            self.failed_save = error
+            self.events.note(f"the checkpoint of step {progress.step} could not be saved; training goes on", reason=str(error))
+            return
+        self.failed_save = None
+        self.events.emit("checkpoint", step=progress.step, path=str(path.relative_to(self.run)))
+
+    def _end_epoch(self) -> None:
+        """Evaluate, remember the best, decide whether to go on, save."""
+        progress, train = self.progress, self.parts.config.train
+        progress.epoch += 1
+        metrics = self._evaluate()
+        best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
+        if metrics is not None:
+            self.events.emit("eval", step=progress.step, epoch=progress.epoch - 1, split="val", metrics=metrics, best=best)
+            self._line.say_evaluation(metrics, epoch=progress.epoch, best=best)
+        if progress.epoch >= train.epochs:
+            progress.finished = "epochs"
+        elif train.patience and progress.stale >= train.patience:
+            progress.finished = "early_stop"
+        self.save()
+        self._meter.restart()
+        self.signals.stop = self.parts.processes.agree(self.signals.stop)
+        if self.signals.stop and progress.finished is None:
+            self._leave()
+
+    def _evaluate(self) -> dict[str, Any] | None:
+        """Metrics of the current weights on the val split, the same in all processes; None without that split."""
+        if self.evaluator is None:
+            return None
+        started = time.monotonic()
+        metrics = scalars(self.evaluator(self.trainee.evaluated).metrics)
+        self.evaluation_s = time.monotonic() - started
+        return metrics
+
+    def _leave(self) -> None:
+        """Stop on a signal: save, say how to go on, raise."""
+        name = signal.Signals(self.signals.stop).name
+        self.events.emit("signal", name=name, step=self.progress.step)
+        if self.store.names()[:1] != [checkpoint_name(self.progress.step)]:
+            self.save()
+        if self.failed_save is not None:
+            raise self.failed_save
+        self.events.emit("finished", step=self.progress.step, reason="interrupted", best=self._best(), **self._totals())
+        raise STOPPING[self.signals.stop](
+            f"stopped by {name}; everything is saved",
+            where=f"step {self.progress.step} of {self.parts.total_steps}",
+            fix=f"continue with: {resume_command(self.run)}",
+        )
+
+    def _end(self) -> dict[str, Any]:
+        """Evaluate the best weights once more, with all arrays, and tell the result."""
+        progress, metrics = self.progress, None
+        if self.evaluator is not None:
+            module = self.trainee.evaluated
+            if progress.best is not None and progress.best.step != progress.step:
+                path = self.store.whole(progress.best.checkpoint) or self.store.newest(quarantine=False)
+                if path is not None:
+                    load_module(module, evaluated_weights(load(path, optimizer=False).model), where=path)
+            evaluation = self.evaluator(module)
+            if self.parts.processes.is_first:
+                write_evaluation(self.run, evaluation)
+            metrics = evaluation.metrics
+        self._account()
+        self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **self._totals())
+        if self.failed_save is not None:
+            raise self.failed_save
+        return result(self.run, progress, metrics=metrics, pflop=self._totals()["pflop"])
+
+    def _account(self) -> None:
+        """Add the time since the last call to the run's."""
+        now = time.monotonic()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+
+    def _totals(self) -> dict[str, float]:
+        return {"seconds": self.progress.seconds, "pflop": self.plan.flops_per_pair * self.progress.samples_seen / 1e15}
+
+    def _best(self) -> dict[str, Any] | None:
+        best = self.progress.best
+        return None if best is None else {"step": best.step, "epoch": best.epoch, **best.metrics}
+
+
+def result(run: Path, progress: Progress, *, metrics: dict[str, Any] | None, pflop: float | None) -> dict[str, Any]:
+    """What `train` returns and prints."""
+    best = progress.best
+    return {
+        "run": str(run),
+        "reason": progress.finished,
+        "steps": progress.step,
+        "epochs": progress.epoch,
+        "samples_seen": progress.samples_seen,
+        "seconds": progress.seconds,
+        "pflop": pflop,
+        "best": None if best is None else {"step": best.step, "epoch": best.epoch, "checkpoint": best.checkpoint},
+        "metrics": metrics,
+    }

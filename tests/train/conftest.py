@@ -1,0 +1,183 @@
+"""A tiny data folder, a tiny configuration, and a disk that dies at the n-th operation."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pairclip_fast.data.commands import run_shard
+from pairclip_fast.data.manifest import read_manifest
+from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.events import Event, EventLog
+from pairclip_fast.storage import FileSystem
+from pairclip_fast.text.bank import bank_for
+
+CONFIG = """
+[model]
+architecture = "vit"
+width = 16
+depth = 1
+heads = 2
+mlp_width = 16
+patch_size = 16
+[bank]
+rank = 8
+[augment]
+flip_probability = 0.5
+shift_pixels = 2
+[optimizer]
+lr = 0.01
+ema_decay = 0.9
+warmup_epochs = 0.5
+[train]
+epochs = 3
+batch_size = 16
+device = "cpu"
+loader = "reference"
+"""
+"""Three epochs of four steps."""
+
+
+class PowerCut(BaseException):
+    """Not an `Exception`: nothing may catch it and carry on."""
+
+
+class CrashingStorage(FileSystem):
+    """The real file system until operation number `last`; `lose_power` then undoes what was not synced."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.count = last, 0
+        self._content: set[Path] = set()
+        self._renames: list[tuple[Path, Path]] = []
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count > self.last:
+            raise PowerCut
+
+    def open_for_writing(self, path: Path) -> IO[bytes]:
+        self._step()
+        self._content.add(path)
+        return super().open_for_writing(path)
+
+    def write(self, file: IO[bytes], data: bytes | memoryview) -> None:
+        self._step()
+        super().write(file, data)
+
+    def fsync(self, file: IO[bytes]) -> None:
+        self._step()
+        super().fsync(file)
+        self._content.discard(Path(file.name))
+
+    def fsync_folder(self, path: Path) -> None:
+        self._step()
+        super().fsync_folder(path)
+        self._renames = [(source, target) for source, target in self._renames if target.parent != path]
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._step()
+        super().rename(source, target)
+        self._renames.append((source, target))
+        self._content = {target / path.relative_to(source) if path.is_relative_to(source) else path for path in self._content}
+
+    def mkdir(self, path: Path) -> None:
+        self._step()
+        super().mkdir(path)
+
+    def remove_tree(self, path: Path) -> None:
+        self._step()
+        super().remove_tree(path)
+
+    def lose_power(self) -> None:
+        """Empty the files that were not synced and take back the renames whose folder was not."""
+        for path in self._content:
+            if path.exists():
+                path.write_bytes(b"")
+        for source, target in reversed(self._renames):
+            if target.exists() and not source.exists():
+                target.rename(source)
+
+
+@pytest.fixture
+def events() -> Iterator[EventLog]:
+    log = EventLog(None, console=False)
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def recorded(events: EventLog) -> list[Event]:
+    """Everything that goes through `events`."""
+    found: list[Event] = []
+    events.subscribe(found.append)
+    return found
+
+
+@pytest.fixture(scope="session")
+def crashing_storage() -> type[CrashingStorage]:
+    return CrashingStorage
+
+
+@pytest.fixture(scope="session")
+def data_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training and 20 validation pairs of four classes of noisy colours, made by the real `shard`; test pairs as well."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 6)):
+        for number, name in enumerate(("red thing", "green thing", "blue thing", "grey thing")):
+            path = folder / part / name
+            path.mkdir(parents=True)
+            colour = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]][number])
+            for index in range(count):
+                pixels = np.clip(colour + rng.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(path / f"{part}-{name}-{index:03d}.png")
+    out = folder / "data"
+    options = ShardOptions(
+        source="imagefolder",
+        path=folder / "train",
+        test_path=folder / "test",
+        out=out,
+        num_pairs=70,
+        val_fraction=0.2,
+    )
+    log = EventLog(None, console=False)
+    run_shard(options, log)
+    bank_for(out, read_manifest(out), text_encoder="hashed", events=log)
+    return out
+
+
+@pytest.fixture
+def data(data_template: Path, tmp_path: Path) -> Path:
+    """A copy of the data folder that the test may write to."""
+    shutil.copytree(data_template, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def write_config() -> Callable[..., Path]:
+    """Write the tiny configuration with changes (`{"train.epochs": 2}`) to a TOML file in a folder."""
+    import tomllib
+
+    import tomli_w
+
+    def write(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+        tables = tomllib.loads(CONFIG)
+        for key, value in (changes or {}).items():
+            table, _, field = key.partition(".")
+            tables.setdefault(table, {})[field] = value
+        if tables["model"]["architecture"] != "vit":
+            tables["model"] = {name: value for name, value in tables["model"].items() if name in ("architecture", "width")}
+        text = tomli_w.dumps(tables)
+        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}.toml"
+        if not path.exists():
+            path.write_text(text)
+        return path
+
+    return write

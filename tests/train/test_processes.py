@@ -1,0 +1,143 @@
+"""Real processes: signals as a shell or a scheduler sends them, a kill without warning, and two processes as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pairclip_fast.events import EventLog, read_events
+from pairclip_fast.telemetry import timing
+from pairclip_fast.train import planning
+from pairclip_fast.train.checkpoint import CheckpointStore
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.options import TrainOptions
+
+PATIENCE_S = 50.0
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry import timing
+from pairclip_fast.train import planning
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.options import TrainOptions
+
+timing.STEP_EVENT_SECONDS = timing.PEAK_SECONDS = planning.PROBE_SECONDS = 0.0
+kill_at = int(sys.argv[4])
+log = EventLog(None, console=False)
+def sink(event):
+    if event["event"] == "step" and event["step"] == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+log.subscribe(sink)
+result = run_train(TrainOptions(data=Path(sys.argv[1]), out=Path(sys.argv[2]), config=Path(sys.argv[3])), events=log)
+print(json.dumps(result["metrics"]))
+"""
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *map(str, arguments)]
+    variables = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"the process ended or hangs: {process.communicate()}")
+        time.sleep(0.02)
+
+
+def logged(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(data_template: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, dict[str, Any]]:
+    """The tiny run in this process, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole-processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)
+        patch.setattr(planning, "PROBE_SECONDS", 0.0)
+        options = TrainOptions(data=data_template, out=folder / "run", config=write_config(folder))
+        return folder / "run", run_train(options)
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in logged(run, "step")}
+
+
+def test_signals_reach_the_command_line(data: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """SIGUSR1 saves and goes on; SIGINT finishes the step, saves, names the command to continue, exits with 130."""
+    run = tmp_path / "my run"
+    config = write_config(tmp_path, {"train.epochs": 100_000})
+    process = start("-m", "pairclip_fast.cli", "train", "--data", data, "--out", run, "--config", config)
+    wait_for(lambda: len(logged(run, "checkpoint")) >= 1, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: len(logged(run, "signal")) == 1, process)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - sent < 20.0  # 5 s on a machine that does nothing else
+    assert f"pairclip-fast train --resume --out '{run}'" in errors
+    assert "Traceback" not in errors
+    assert [event["name"] for event in logged(run, "signal")] == ["SIGUSR1", "SIGINT"]
+    store = CheckpointStore(run / "checkpoints", events=EventLog(None, console=False))
+    newest = store.newest()
+    assert newest is not None
+    assert newest.name == f"step-{logged(run, 'finished')[-1]['step']:08d}"
+
+
+def test_a_process_killed_without_warning_resumes_to_the_same_end(
+    data: Path,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    whole: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)
+    run, config = tmp_path / "killed", write_config(tmp_path)
+    process = start("-c", SCRIPT, data, run, config, 7)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == -signal.SIGKILL
+    assert sorted(losses(run)) == list(range(1, 8))
+    run_train(TrainOptions(data=data, out=run, config=config, resume=True))
+    assert losses(run) == losses(whole[0])
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = (folder / "checkpoints" / "step-00000012" / name for folder in (run, whole[0]))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_two_processes_are_one(data: Path, tmp_path: Path, write_config: Callable[..., Path], whole: tuple[Path, dict[str, Any]]) -> None:
+    """The same losses, the same metrics, one run folder."""
+    run, config = tmp_path / "two", write_config(tmp_path)
+    port = str(20_000 + os.getpid() % 30_000)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [start("-c", SCRIPT, data, run, config, -1, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    mine, theirs = losses(run), losses(whole[0])
+    assert mine.keys() == theirs.keys()
+    assert all(mine[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
+    assert mine[1] == pytest.approx(theirs[1], rel=1e-6)
+    first, second = (json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1]) for output, _ in outputs)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert first["num_pairs"] == whole[1]["metrics"]["num_pairs"] == 24
+    assert first["loss"] == pytest.approx(whole[1]["metrics"]["loss"], rel=1e-3)
+    started = logged(run, "run_started")
+    assert len(started) == 1
+    assert len(logged(run, "finished")) == 1

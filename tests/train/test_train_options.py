@@ -1,0 +1,80 @@
+"""Preset, config file and flags become one configuration; torch is not needed for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pairclip_fast.config import load_preset
+from pairclip_fast.errors import ConfigError
+from pairclip_fast.train.options import TrainOptions, resolve_config
+
+
+def test_no_options_is_the_default_preset() -> None:
+    assert resolve_config(TrainOptions()) == load_preset("vit")
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nepochs = 7\nbatch_size = 64\n[optimizer]\nweight_decay = 0.5\n")
+    config = resolve_config(TrainOptions(preset="fast", config=path, epochs=9, amp=True, loss="infonce", bank="raw", device="cpu", seed=4))
+    fast = load_preset("fast")
+    assert (config.train.epochs, config.train.batch_size, config.optimizer.weight_decay) == (9, 64, 0.5)
+    assert (config.train.amp, config.loss.kind, config.bank.kind, config.train.device, config.train.seed) == (
+        True,
+        "infonce",
+        "raw",
+        "cpu",
+        4,
+    )
+    assert config.model == fast.model
+    assert config.loss.label_smoothing == 0.0
+    assert config.bank.rank == fast.bank.rank
+
+
+def test_the_file_may_name_the_preset_and_the_flag_beats_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "baseline"\n[train]\nseed = 5\n')
+    assert resolve_config(TrainOptions(config=path)) == dataclasses.replace(
+        load_preset("baseline"), train=dataclasses.replace(load_preset("baseline").train, seed=5)
+    )
+    assert resolve_config(TrainOptions(config=path, preset="fast")).model == load_preset("fast").model
+    assert resolve_config(TrainOptions(config=path, preset="fast")).preset == "fast"
+
+
+def test_a_low_rate_lowers_the_final_one_and_few_epochs_shorten_the_warmup() -> None:
+    enhanced = load_preset("enhanced")
+    config = resolve_config(TrainOptions(preset="enhanced", lr=1e-6, epochs=1))
+    assert (config.optimizer.lr, config.optimizer.final_lr) == (1e-6, 1e-6)
+    assert config.optimizer.warmup_epochs == pytest.approx(enhanced.optimizer.warmup_epochs / enhanced.train.epochs)
+
+
+def test_the_default_temperature_of_presets_is_untouched_by_flags() -> None:
+    assert resolve_config(TrainOptions(preset="baseline", epochs=1)).loss == load_preset("baseline").loss
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (TrainOptions(preset="vitt"), "vit"),
+        (TrainOptions(epochs=0), "train.epochs"),
+        (TrainOptions(batch_size=1), "train.batch_size"),
+        (TrainOptions(lr=-1.0), "optimizer.lr"),
+        (TrainOptions(config=Path("no-such.toml")), "no-such.toml"),
+    ],
+)
+def test_nonsense_is_refused_with_the_field(options: TrainOptions, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        resolve_config(options)
+
+
+def test_options_and_run_folders_do_not_import_torch() -> None:
+    code = (
+        "import sys; from pairclip_fast.train.options import TrainOptions, resolve_config; import pairclip_fast.train.run_folder;"
+        "resolve_config(TrainOptions(preset='fast', epochs=2)); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
