@@ -26,6 +26,7 @@ from typing import Any
 
 import timing
 
+from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names
 from pairclip_fast.doctor.machine import usable_cores
 from pairclip_fast.errors import PairclipError, printable
@@ -175,6 +176,7 @@ def footnotes(rows: list[Record]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Plan, measure, print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words), EventLog()
+    keep_freed_memory()  # as the command line does
     done: list[Record] = []
     code = 0
     try:

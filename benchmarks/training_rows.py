@@ -21,6 +21,7 @@ import torch
 from reference_loss import bank_loss, infonce_loss
 from torch import Tensor
 
+from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.config import LossConfig, RunConfig
 from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.loader import Batch, Loader
@@ -79,6 +80,7 @@ class Bench:
             NumericsError: the loss is not finite or not that of the reference.
         """
         gc.collect()  # the last row's model, so that the peak memory is this row's
+        give_back_memory()  # or a row would seem to need what the one before it did
         started, reset = time.monotonic(), timing.reset_peak_rss()
         placement = choose_device(config.train.device, events=self.events)
         placement.configure()

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pairclip_fast import __version__
+from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
 from pairclip_fast.text.options import EmbedOptions
 from pairclip_fast.train.options import EvalOptions, TrainOptions
 
-EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
 NARROWEST_TERMINAL = 40
 
@@ -150,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     prepare_terminal()
+    keep_freed_memory()
     try:
         if words == ["--version"]:
             print(__version__)
