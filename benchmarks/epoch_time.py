@@ -28,9 +28,9 @@ import timing
 
 from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names
-from pairclip_fast.doctor.machine import usable_cores
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.machine import usable_cores
 
 EPOCH_PAIRS = 50_000
 """Pairs of an epoch: one per CIFAR-100 training image, as in the report."""

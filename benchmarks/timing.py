@@ -8,20 +8,18 @@ best, and every record says where and with which versions it was made. Nothing h
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pairclip_fast.doctor.machine import cpu_model, usable_cores
 from pairclip_fast.storage import write_json
+from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions, usable_cores
 
 RECORD_FORMAT = 1
 """Version of the JSON layout that `write_record` writes."""
@@ -123,8 +121,8 @@ def environment() -> dict[str, Any]:
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
-        "commit": commit(),
+        "versions": package_versions(PACKAGES),
+        "commit": git_commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     torch = sys.modules.get("torch")
@@ -134,22 +132,6 @@ def environment() -> dict[str, Any]:
         record["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         record["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
     return record
-
-
-def commit() -> str | None:
-    """Commit of the checkout this file lies in, with `-dirty` if it was changed; None outside of git."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() or None if run.returncode == 0 else None
 
 
 def write_record(path: Path, *, name: str, rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -166,13 +148,6 @@ def write_record(path: Path, *, name: str, rows: list[dict[str, Any]], settings:
     """
     record = {"format": RECORD_FORMAT, "benchmark": name, "settings": dict(settings), "environment": environment(), "rows": rows}
     write_json(path, record)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _lines(path: Path) -> list[str]:

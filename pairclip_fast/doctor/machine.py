@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import sys
 from pathlib import Path
 
 from pairclip_fast.doctor.check import Check
+from pairclip_fast.telemetry.machine import CPU_INFO, cpu_flags, cpu_model, cpu_quota, usable_cores
 
 GIB = 1 << 30
-CPU_INFO = Path("/proc/cpuinfo")
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 OLDEST_PYTHON = (3, 11)
 COMFORTABLE_MEMORY_GIB = 2.0
 """The default run needs about one."""
@@ -93,36 +91,3 @@ def check_disk(folder: Path) -> Check:
     if free < COMFORTABLE_DISK_GIB * GIB:
         return Check(topic="disk", status="fallback", found=found, reason="little for shards and checkpoints", fix="free some space")
     return Check(topic="disk", status="ok", found=f"{found}, writable")
-
-
-def usable_cores() -> int:
-    """Cores that the scheduler gives this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_quota() -> float | None:
-    """Cores' worth of time that the control group allows; None for no limit."""
-    try:
-        quota, period = CPU_QUOTA.read_text().split()[:2]
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None  # no control groups (version 2) here: no limit known
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine() or "unknown"
-
-
-def cpu_flags() -> frozenset[str]:
-    """The kernel's flags of the first core; empty where it does not say."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)
-    return frozenset(match.group(1).split()) if match else frozenset()
-
-
-def _cpu_info() -> str:
-    try:
-        return CPU_INFO.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -8,9 +8,9 @@ import os
 import shutil
 
 from pairclip_fast.doctor.check import REINSTALL, Check
-from pairclip_fast.doctor.machine import usable_cores
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.machine import usable_cores
 from pairclip_fast.telemetry.nvml import NvmlDevice, read_nvml
 
 GIB = 1 << 30

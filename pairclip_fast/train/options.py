@@ -18,7 +18,7 @@ DEFAULT_RUNS = Path("runs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """The flags of `pairclip-fast train`; None keeps the preset's value."""
+    """Train a preset on a data folder; a flag that is not given keeps what the preset or the config file says."""
 
     data: Path | None = None
     """Data folder (default: data, or the one that the resumed run was trained on)."""
@@ -60,7 +60,7 @@ class TrainOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalOptions:
-    """The flags of `pairclip-fast eval`."""
+    """Rank all captions for the held-out pairs of a data folder, with the best weights of a run."""
 
     run: Path
     """Run folder."""

@@ -6,12 +6,9 @@ run/ config.toml environment.json events.jsonl captions.safetensors manifest.jso
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import time
 import tomllib
 from pathlib import Path
@@ -22,6 +19,7 @@ from pairclip_fast.config import RunConfig, load_preset, overlay, read_toml, to_
 from pairclip_fast.errors import CheckpointError, ConfigError, printable
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FolderLock, write_atomic, write_json
+from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions
 from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, resolve_config
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK = "config.toml", "environment.json", "events.jsonl", "run.lock"
@@ -143,20 +141,14 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 def write_environment(folder: Path, *, facts: dict[str, Any], events: EventLog) -> None:
     """Write where the run runs: versions, machine, the code's commit, the data, and the fallbacks taken so far."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     record = {
         "pairclip_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
-        "packages": versions,
-        "git_commit": _git_commit(),
+        "packages": package_versions(PACKAGES),
+        "git_commit": git_commit(),
         "fallbacks": events.fallbacks,
     }
     write_json(folder / ENVIRONMENT, record | facts)
@@ -197,24 +189,3 @@ def _new_name(config: RunConfig) -> Path:
 def _plain(value: Any) -> Any:
     """Tuples as lists, as JSON and TOML give them back."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-@functools.cache
-def _git_commit() -> str | None:
-    """Commit of the code, if it runs from a repository of its own."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -17,6 +17,7 @@ from pairclip_fast.doctor import Check, machine, refuse_if_lacking, render_docto
 from pairclip_fast.doctor.check import attempt
 from pairclip_fast.errors import ConfigError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry import machine as facts
 from pairclip_fast.telemetry.nvml import NvmlDevice, NvmlReading
 
 TOPICS = [
@@ -122,10 +123,10 @@ def test_a_failing_probe_is_an_answer() -> None:
 
 def test_a_processor_with_and_without_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine, "CPU_INFO", info)
+    monkeypatch.setattr(facts, "CPU_INFO", info)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     info.write_text("model name\t: Example 9000\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n")
-    assert machine.cpu_model() == "Example 9000"
+    assert facts.cpu_model() == "Example 9000"
     assert machine.check_instructions().found == "AVX2, AVX-512, AVX-512 BF16, AMX"
     info.write_text("flags : fpu sse2\n")
     assert machine.check_instructions().status == "fallback"
@@ -135,10 +136,10 @@ def test_a_processor_with_and_without_bf16(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000", None), ("150000 100000", 1.5), ("", None), ("1 0", None)])
 def test_container_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cores: float | None) -> None:
-    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert machine.cpu_quota() is None
+    monkeypatch.setattr(facts, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert facts.cpu_quota() is None
     (tmp_path / "cpu.max").write_text(text)
-    assert machine.cpu_quota() == cores
+    assert facts.cpu_quota() == cores
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
