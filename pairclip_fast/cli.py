@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str]) -> Options:
         prog="pairclip-fast",
         description="Train small contrastive image-caption models fast. Start with: pairclip-fast shard, then pairclip-fast train --amp.",
         args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
     )
     return options
 

@@ -1,0 +1,127 @@
+"""Held-out accuracy over training FLOPs: presets over seeds, as curves that can be compared.
+
+A run is an ordinary `pairclip-fast train` run, continued where it was stopped and not repeated once it has ended, so this
+command can be interrupted at any time and asked again. Every figure comes from the run's own event log: validation
+images that no training pair contains, all captions ranked, ties against us. One epoch's weights are one point of a curve;
+only the last one has seen the whole learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timing
+
+from pairclip_fast.allocator import keep_freed_memory
+from pairclip_fast.config import preset_names
+from pairclip_fast.data.manifest import Manifest, read_manifest
+from pairclip_fast.errors import PairclipError, printable
+from pairclip_fast.events import Event, EventLog, last_attempts, read_events
+from pairclip_fast.train.options import TrainOptions
+
+METRICS = ("top1", "top10", "top100", "mrr", "left_top1", "right_top1", "swap_rate", "loss")
+EXIT_INTERRUPTED = 130
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(prog="accuracy.py", description="Held-out accuracy of presets over seeds.", allow_abbrev=False)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="data folder with a val split (default: data)")
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of the runs (default: runs/accuracy)")
+    parser.add_argument("--preset", nargs="+", choices=preset_names(), metavar="NAME", default=["fast"], help="presets (default: fast)")
+    parser.add_argument("--seed", nargs="+", type=int, metavar="N", default=[0], help="seeds (default: 0)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training pairs (default: the preset's)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML tables laid over every preset, for ablations")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the curves, with the environment, to this file")
+    return parser.parse_args(words)
+
+
+def train_one(options: TrainOptions, *, data: Path, run: Path) -> dict[str, Any]:
+    """Train (or continue, or only read) one run; its record."""
+    from pairclip_fast.train.commands import run_train
+
+    run_train(dataclasses.replace(options, data=data, out=run))
+    return record(run, read_manifest(data))
+
+
+def record(run: Path, manifest: Manifest) -> dict[str, Any]:
+    """Configuration, cost and held-out curve of a run, from its event log."""
+    events = last_attempts(read_events(run / "events.jsonl"))
+    started = [event for event in events if event["event"] == "run_started"][-1]
+    finished = [event for event in events if event["event"] == "finished"][-1]
+    plan = started["plan"]
+    curve = [point(event, plan=plan, batch_size=started["config"]["train"]["batch_size"]) for event in events if event["event"] == "eval"]
+    return {
+        "preset": started["config"]["preset"],
+        "seed": started["config"]["train"]["seed"],
+        "config": started["config"],
+        "source": manifest.source,
+        "data_digest": manifest.digest,
+        "num_train": plan["num_train"],
+        "num_val": plan["num_val"],
+        "num_captions": plan["num_captions"],
+        "parameters": plan["parameters"],
+        "flops_per_pair": plan["flops_per_pair"],
+        "precision": plan["precision"],
+        "ended": finished["reason"],
+        "seconds": finished["seconds"],
+        "curve": curve,
+    }
+
+
+def point(event: Event, *, plan: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """One evaluation of a curve."""
+    samples = event["step"] * batch_size
+    cost = {"epoch": event["epoch"] + 1, "samples_seen": samples, "pflop": samples * plan["flops_per_pair"] / 1e15}
+    return cost | {name: event["metrics"][name] for name in METRICS if name in event["metrics"]}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per preset: the last point of the curve, mean over seeds and their sample standard deviation."""
+    lines = [f"{'preset':10} {'seeds':>5} {'epochs':>6} {'PFLOP':>8} {'top-1':>14} {'top-10':>14} {'top-100':>14}"]
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        ends = [row["curve"][-1] for row in rows if row["preset"] == preset]
+        cells = [spread([end[name] for end in ends]) for name in ("top1", "top10", "top100")]
+        lines.append(f"{preset:10} {len(ends):5} {ends[0]['epoch']:6} {ends[0]['pflop']:8.4f} " + " ".join(f"{cell:>14}" for cell in cells))
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and with more than one value the sample standard deviation, in per cent."""
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} %" if len(values) == 1 else f"{mean} +- {100 * statistics.stdev(values):.2f} %"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train what is missing, print the table, write the record; the exit codes are those of `pairclip-fast`."""
+    asked, rows = arguments(words), []
+    keep_freed_memory()
+    base = TrainOptions(epochs=asked.epochs, config=asked.config, amp=True, resume=True)
+    code = 0
+    try:
+        for preset in asked.preset:
+            for seed in asked.seed:
+                EventLog().say(f"{preset}, seed {seed}")
+                options = dataclasses.replace(base, preset=preset, seed=seed)
+                rows.append(train_one(options, data=asked.data, run=asked.out / f"{preset}-seed{seed}"))
+    except PairclipError as error:
+        sys.stderr.write(f"accuracy.py: {printable(error)}\n")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if rows:
+        print("\n".join(table(rows)))
+        if asked.json:
+            settings = {"epochs": asked.epochs, "seeds": asked.seed, "presets": asked.preset}
+            timing.write_record(asked.json, name="accuracy", rows=rows, settings=settings)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
