@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	rm -rf demo
 	$(BIN)/pairclip-fast shard --source shapes --out demo/data
 	$(BIN)/pairclip-fast embed --data demo/data --text-encoder minilm
-	$(BIN)/pairclip-fast train --data demo/data --out demo/run --amp --epochs 6
+	$(BIN)/pairclip-fast train --data demo/data --out demo/run --amp --epochs 5
 	$(BIN)/pairclip-fast eval --run demo/run
 	$(BIN)/pairclip-fast report --run demo/run
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
         "parameters": plan["parameters"],
         "flops_per_pair": plan["flops_per_pair"],
         "precision": plan["precision"],
+        "commit": json.loads((run / "environment.json").read_text())["git_commit"],
         "ended": finished["reason"],
         "seconds": finished["seconds"],
         "curve": curve,
