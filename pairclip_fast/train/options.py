@@ -33,7 +33,7 @@ class TrainOptions:
     batch_size: int | None = None
     """Pairs per optimizer step, over all processes."""
     lr: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate (with muon: of the parameters that AdamW trains)."""
     loader: Literal["auto", "native", "dali", "reference"] | None = None
     """Which loader feeds the training."""
     loss: Literal["bank", "infonce"] | None = None
