@@ -1,9 +1,8 @@
 """Muon: momentum whose matrix is replaced by its nearest orthogonal one before it is subtracted.
 
 A gradient of a weight matrix is dominated by few directions; making all singular values of the update equal lets the rare
-directions learn as fast as the common ones. On the reference task this is worth several times the training: see
-`benchmarks/records`. Orthogonalising costs three small matrix products per iteration and weight, a few per cent of a
-step at batch 256.
+directions learn as fast as the common ones. It costs three matrix products per iteration and weight, on matrices that do not
+grow with the batch.
 
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), and the normalised-filter form
 of K. Jordan's CIFAR-10 speedrun (airbench, 2024).
