@@ -82,17 +82,8 @@ class Bench:
         gc.collect()  # the last row's model, so that the peak memory is this row's
         give_back_memory()  # or a row would seem to need what the one before it did
         started, reset = time.monotonic(), timing.reset_peak_rss()
-        placement = choose_device(config.train.device, events=self.events)
-        placement.configure()
-        parts = Parts(
-            config=config,
-            data=self.folder,
-            manifest=self.manifest,
-            bank=self._bank(config),
-            placement=placement,
-            precision=choose_precision(placement.device, amp=config.train.amp, events=self.events),
-            processes=Processes(),
-        )
+        parts = self._parts(config)
+        placement = parts.placement
         trainee = build_trainee(parts)
         micro = config.train.batch_size // config.optimizer.accumulate
         compiled = compile_encoder(
@@ -141,6 +132,20 @@ class Bench:
             "loss": loss,
             "reference_loss": expected,
         }
+
+    def _parts(self, config: RunConfig) -> Parts:
+        """What the configuration trains with, on this machine."""
+        placement = choose_device(config.train.device, events=self.events)
+        placement.configure()
+        return Parts(
+            config=config,
+            data=self.folder,
+            manifest=self.manifest,
+            bank=self._bank(config),
+            placement=placement,
+            precision=choose_precision(placement.device, amp=config.train.amp, events=self.events),
+            processes=Processes(),
+        )
 
     def _bank(self, config: RunConfig) -> CaptionBank:
         key = f"{config.bank.kind} {config.bank.rank}"
