@@ -15,18 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pairclip_fast.kernels.choice import Implementation, implementation
 from pairclip_fast.kernels.registration import registered
+
+__all__ = ["BankStats", "Implementation", "bank_softmax", "bank_stats", "bank_topk", "implementation", "pair_scores"]
 
 MAX_K = 1024
 """Largest `k` of `bank_topk`; the device kernels keep k candidates per row on chip."""
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Implementation(NamedTuple):
-    """Which implementation of the bank operations a device gets, and why."""
-
-    name: str
-    reason: str
 
 
 class BankStats(NamedTuple):
@@ -36,11 +32,6 @@ class BankStats(NamedTuple):
     positive: Float[Tensor, " batch"]
     greater: Int[Tensor, " batch"]
     equal: Int[Tensor, " batch"]
-
-
-def implementation(device: torch.device) -> Implementation:
-    """Name of the implementation that runs on `device`, and the reason."""
-    return Implementation("torch", f"blocked torch operations; no kernel of our own is installed for {device.type}")
 
 
 def bank_softmax(

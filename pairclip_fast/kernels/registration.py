@@ -1,9 +1,9 @@
 """The bank operations as torch library ops: schema, body, shapes for tracing, gradient, FLOP formula.
 
-Registered ops are opaque to `torch.compile` and to autograd, so the kernel of a device can be added (`torch.library.impl`)
-without touching any caller. The operators are made with `define` and `impl` rather than `custom_op`: the same ops, but
-their first call does not import the compiler, which takes 1 to 5 seconds. Registering is the one thing this package does at
-import time; torch offers no later moment that tracing, autograd and the FLOP counter would all respect.
+Registered ops are opaque to `torch.compile` and to autograd; their body asks `choice` which implementation runs. The
+operators are made with `define` and `impl` rather than `custom_op`: the same ops, but their first call does not import the
+compiler, which takes 1 to 5 seconds. Registering is the one thing this package does at import time; torch offers no later
+moment that tracing, autograd and the FLOP counter would all respect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from pairclip_fast.kernels import portable
+from pairclip_fast.kernels.choice import kernels_for
 
 NAMESPACE = "pairclip"
 
@@ -34,22 +34,22 @@ def outside_autocast(device: torch.device) -> torch.autocast:
 
 def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     with outside_autocast(emb.device):
-        return portable.bank_softmax(emb, bank, scale)
+        return kernels_for(emb, bank).bank_softmax(emb, bank, scale)
 
 
 def _bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None) -> tuple[Tensor, ...]:
     with outside_autocast(emb.device):
-        return portable.bank_stats(emb, bank, scale, targets.long(), groups)
+        return kernels_for(emb, bank).bank_stats(emb, bank, scale, targets.long(), groups)
 
 
 def _pair_scores(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
     with outside_autocast(emb.device):
-        return portable.pair_scores(emb, bank, indices.long())
+        return kernels_for(emb, bank).pair_scores(emb, bank, indices.long())
 
 
 def _bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     with outside_autocast(emb.device):
-        return portable.bank_topk(emb, bank, k)
+        return kernels_for(emb, bank).bank_topk(emb, bank, k)
 
 
 def _accumulator(emb: Tensor) -> torch.dtype:
