@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+NATIVE := $(shell find csrc -type f)
 
 .PHONY: demo test lint format clean help
 .DEFAULT_GOAL := help
@@ -21,14 +22,15 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 2; }
 
-# The stamps make later runs skip pip. Both installs are editable, so that they never go stale when the code changes;
+# The stamps make later runs skip pip. Both installs are editable, so that they never go stale when Python code changes; when
+# C++ code changes, the package is built again (without a compiler it installs all the same, see pyproject.toml);
 # the development install contains the other and therefore sets both stamps.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "installing pairclip-fast (torch alone is a large download: this can take minutes)"
 	$(PIP) install --editable '.[offline]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "installing pairclip-fast and its development tools (torch alone is a large download: this can take minutes)"
 	$(PIP) install --editable '.[dev,offline]'
 	@touch $(VENV)/.installed $@
@@ -48,6 +50,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(NATIVE))
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
@@ -56,6 +59,7 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp,$(NATIVE))
 
 clean:
 	rm -rf demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

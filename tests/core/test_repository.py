@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CODE = sorted(path for folder in ("pairclip_fast", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
-
-
-def test_every_file_of_the_package_is_installed() -> None:
-    """The development install is editable and would hide a template that no wheel contains."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pairclip_fast"]
-    package = ROOT / "pairclip_fast"
-    files = [path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")]
-    assert files
-    assert [str(path) for path in files if not any(fnmatch.fnmatch(str(path), pattern) for pattern in patterns)] == []
 
 
 def test_every_folder_with_code_is_a_package() -> None:

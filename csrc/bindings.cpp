@@ -1,0 +1,12 @@
+// The module `pairclip_fast._native`. Each room binds its own functions.
+#include <nanobind/nanobind.h>
+
+#include "core/cpu.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, module) {
+  module.doc() = "C++ core of pairclip-fast; `pairclip_fast.native` is its one importer.";
+  module.def(
+      "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
+}
