@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "core/cpu.h"
+#include "kernels/bindings.h"
 
 namespace nb = nanobind;
 
@@ -9,4 +10,7 @@ NB_MODULE(_native, module) {
   module.doc() = "C++ core of pairclip-fast; `pairclip_fast.native` is its one importer.";
   module.def(
       "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
+
+  nb::module_ kernels = module.def_submodule("kernels");
+  pairclip::kernels::bind(kernels);
 }

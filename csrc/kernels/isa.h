@@ -1,0 +1,135 @@
+// The vectors of the instruction set that this file is compiled for: 16, 8 or 4 floats. Everything above is written once.
+//
+// Arithmetic uses the compiler's vector types; what those cannot say well (fused multiply-add, maximum, masks as bits) is
+// spelt out per instruction set. Included only by files that are compiled per variant: all is in that variant's namespace,
+// so that the linker never takes one variant's code for another's. For the same reason no standard containers or algorithms
+// on plain types are used in there: their instantiations would be shared between the variants.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pairclip::kernels::PAIRCLIP_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Ints load(const std::int32_t* from) {
+  Ints v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+inline void store(std::int32_t* to, Ints v) { std::memcpy(to, &v, sizeof v); }
+inline Vec set(float x) { return Vec{} + x; }
+inline Ints set(std::int32_t x) { return Ints{} + x; }
+inline Ints bits_of(Vec v) { return reinterpret_cast<Ints>(v); }
+inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
+
+// fma(a, b, c) = a * b + c, rounded once where the processor can. high(a, b): the larger; b where either is NaN.
+// The comparisons give a bit per lane.
+#if defined(__AVX512F__)
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec high(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float highest(Vec v) { return _mm512_reduce_max_ps(v); }
+inline unsigned greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline unsigned not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+#elif defined(__AVX2__)
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec high(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline unsigned greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline unsigned equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+inline unsigned not_less_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+#else
+inline unsigned lanes(Ints truth) {
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(truth[i] & 1) << i;
+  return bits;
+}
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
+inline unsigned greater(Vec a, Vec b) { return lanes(a > b); }
+inline unsigned equal(Vec a, Vec b) { return lanes(a == b); }
+inline unsigned not_less_equal(Vec a, Vec b) { return lanes(~(a <= b)); }
+#endif
+
+#if !defined(__AVX512F__)
+inline float highest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+#endif
+
+// Halves of the sum first, then their halves: the order is fixed, and the same for every caller.
+inline float sum(Vec v) {
+  alignas(64) float x[kLanes];
+  store(x, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+// Stores the chosen lanes side by side and returns how many; may write up to kLanes numbers.
+inline int compress(std::int32_t* to, Ints v, unsigned chosen) {
+#if defined(__AVX512F__)
+  store(to, reinterpret_cast<Ints>(_mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), reinterpret_cast<__m512i>(v))));
+  return __builtin_popcount(chosen);
+#else
+  int count = 0;
+  for (; chosen != 0; chosen &= chosen - 1) to[count++] = v[__builtin_ctz(chosen)];
+  return count;
+#endif
+}
+
+// Of the lanes that start at `first`, those before `end`, as bits.
+inline unsigned lanes_before(int first, int end) {
+  const int left = end - first;
+  return left >= kLanes ? (1u << kLanes) - 1 : left <= 0 ? 0 : (1u << left) - 1;
+}
+
+inline Ints places() {
+  Ints v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Transposes a square of kLanes vectors: interleaving the first half with the second, log2(kLanes) times, does it.
+inline void transpose(Ints (&square)[kLanes]) {
+  Ints low, upper;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    upper[i] = low[i] + kLanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Ints next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(square[i], square[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(square[i], square[i + kLanes / 2], upper);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) square[i] = next[i];
+  }
+}
+
+}  // namespace pairclip::kernels::PAIRCLIP_VARIANT

@@ -1,0 +1,40 @@
+// Compiled once per instruction set: fills in that set's tables.
+#include "kernels/engines.h"
+#include "kernels/fma_products.h"
+#include "kernels/steps.h"
+
+namespace pairclip::kernels::PAIRCLIP_VARIANT {
+namespace {
+
+#define PAIRCLIP_TEXT_OF(name) #name
+#define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
+
+template <class Products>
+constexpr Engine engine(const Engine* fallback) {
+  return {.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+          .precision = Products::kPrecision,
+          .rows = Products::kRows,
+          .tile = Products::kTile,
+          .fallback = fallback,
+          .query_bytes = Products::query_bytes,
+          .key_bytes = Products::key_bytes,
+          .value_bytes = Products::value_bytes,
+          .pack_queries = Products::pack_queries,
+          .pack_keys = Products::pack_keys,
+          .pack_values = Products::pack_values,
+          .begin = Products::begin,
+          .end = Products::end,
+          .scores = Products::scores,
+          .softmax = softmax_step<Products>,
+          .stats = stats_step<Products>,
+          .topk = topk_step<Products>,
+          .sort = [](TopkSize size, TopkRow* row) { sort_best(*row, size.k); }};
+}
+
+constexpr Engine kFma = engine<FmaProducts>(nullptr);
+
+}  // namespace
+
+const Engine& fma_engine() { return kFma; }
+
+}  // namespace pairclip::kernels::PAIRCLIP_VARIANT
