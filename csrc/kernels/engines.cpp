@@ -11,7 +11,7 @@ const Engine& of_level(Level level, Element type) {
   switch (level) {
 #if defined(PAIRCLIP_BUILT_amx)
     case Level::amx:
-      throw 2;
+      return amx::tile_engine(type);
 #endif
 #if defined(PAIRCLIP_BUILT_avx512)
     case Level::avx512:
@@ -36,7 +36,7 @@ std::vector<std::string> engine_names() {
 }
 
 const Engine& engine(const std::string& name, Element type) {
-  if (name == "emulated") throw 1;
+  if (name == "emulated") return portable::tile_engine(type);
   for (int level = 0; level <= static_cast<int>(best_level()); ++level)
     if (name == pairclip::name(static_cast<Level>(level))) return of_level(static_cast<Level>(level), type);
   throw std::invalid_argument("kernels: no engine named '" + name + "' here");

@@ -9,6 +9,7 @@
 // wherever it is computed, and equal captions tie exactly.
 #pragma once
 
+#include "kernels/mixing.h"
 #include "kernels/packing.h"
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
@@ -36,7 +37,7 @@ struct FmaProducts {
     float part[64];
     for (int r = 0; r < kRows; ++r)
       for (int first = 0; first < depth; first += 64) {
-        read(r < count ? rows[r] : nullptr, type, first, 64, depth, part);
+        read<64>(r < count ? rows[r] : nullptr, type, first, depth, part);
         const int end = depth - first < 64 ? depth - first : 64;
         for (int k = 0; k < end; ++k) to[(first + k) * kRows + r] = part[k];
       }
@@ -50,7 +51,7 @@ struct FmaProducts {
       float* to = static_cast<float*>(out) + static_cast<std::size_t>(panel) * depth * kWidth;
       for (int first = 0; first < depth; first += kLanes) {
         const int captions = count - panel * kWidth;
-        for (int j = 0; j < kWidth; ++j) read(j < captions ? rows[panel * kWidth + j] : nullptr, type, first, kLanes, depth, part[j]);
+        for (int j = 0; j < kWidth; ++j) read<kLanes>(j < captions ? rows[panel * kWidth + j] : nullptr, type, first, depth, part[j]);
         const bool whole = first + kLanes <= depth;
         transpose(part, kLanes, kWidth, kLanes, whole ? to + first * kWidth : turned[0], kWidth);
         if (!whole) std::memcpy(to + first * kWidth, turned, sizeof(float) * kWidth * (depth - first));
@@ -63,8 +64,8 @@ struct FmaProducts {
   static bool pack_values(const void* const* rows, int count, Element type, int depth, void* out) {
     for (int j = 0; j < count; ++j)
       for (int panel = 0; panel < panels(depth); ++panel)
-        read(rows[j], type, panel * kWidth, kWidth, depth,
-             static_cast<float*>(out) + (static_cast<std::size_t>(panel) * kTile + j) * kWidth);
+        read<kWidth>(rows[j], type, panel * kWidth, depth,
+                     static_cast<float*>(out) + (static_cast<std::size_t>(panel) * kTile + j) * kWidth);
     return true;
   }
 
@@ -95,8 +96,6 @@ struct FmaProducts {
     }
   }
 
-  // mean[r] = mean[r] * shrink[r] + sum over the tile's captions of weight * value. The old mean is scaled where it is read
-  // anyway, so an online softmax costs no pass of its own over its output.
   static void mix(const Step& step, const SoftmaxRow* rows, float* mean) {
     for (int panel = 0; panel < panels(step.depth); ++panel) {
       const float* values = static_cast<const float*>(step.values) + static_cast<std::size_t>(panel) * kTile * kWidth;
@@ -119,11 +118,7 @@ struct FmaProducts {
         store(found[r], sums[r][0]);
         store(found[r] + kLanes, sums[r][1]);
       }
-      const int first = panel * kWidth, width = step.depth - first < kWidth ? step.depth - first : kWidth;
-      for (int r = 0; r < step.rows; ++r) {
-        float* out = mean + static_cast<std::ptrdiff_t>(r) * step.depth + first;
-        for (int i = 0; i < width; ++i) out[i] = out[i] * rows[r].shrink + found[r][i];
-      }
+      add_mixed(step, rows, found, panel * kWidth, mean);
     }
   }
 };

@@ -38,8 +38,8 @@ inline Ints load(const std::int32_t* from) {
 }
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 inline void store(std::int32_t* to, Ints v) { std::memcpy(to, &v, sizeof v); }
-inline Vec set(float x) { return Vec{} + x; }
-inline Ints set(std::int32_t x) { return Ints{} + x; }
+inline Vec set(float x) { return x - Vec{}; }  // x - 0 is x for every x, so compilers leave it out; 0 + x is not, for -0
+inline Ints set(std::int32_t x) { return x - Ints{}; }
 inline Ints bits_of(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
 

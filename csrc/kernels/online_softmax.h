@@ -30,29 +30,36 @@ inline Vec exponential(Vec x) {
   return x < kLowest ? Vec{} : p * power;
 }
 
-// Turns `captions` logits of a row (padded with -inf to whole vectors) into exp(logit - high), in place, and updates the row.
+// Turns `captions` scores of a row into exp(scale * score - high), in place, padded with zeros to whole vectors, and updates
+// the row. Fusing the scale into the subtraction spares logits their own rounding.
 // Infinities follow torch: a logit of +inf gives lse = inf and a mean of NaN; only -inf gives -inf and NaN; NaN gives NaN.
-inline void update(SoftmaxRow& row, float* logits, int captions) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline void update(SoftmaxRow& row, float* scores, float scale, int captions) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+  const int whole = captions / kLanes * kLanes;
+  const Ints live = places() < captions - whole;  // lanes of the vector after the whole ones
   Vec top = set(row.high);
-  for (int j = 0; j < captions; j += kLanes) top = high(load(logits + j), top);
+  for (int j = 0; j < whole; j += kLanes) top = high(load(scores + j) * scale, top);
+  if (whole < captions) top = high(live ? load(scores + whole) * scale : set(-kInfinity), top);
   const float next = highest(top);
   if (next == kInfinity) {
-    bool nan = false;
+    bool nan = row.total != row.total;
     for (int j = 0; j < captions; ++j) {
-      nan |= logits[j] != logits[j];
-      logits[j] = std::numeric_limits<float>::quiet_NaN();
+      nan |= scores[j] * scale != scores[j] * scale;
+      scores[j] = kNaN;
     }
-    row.total = nan || row.total != row.total ? std::numeric_limits<double>::quiet_NaN() : kInfinity;
-    row.shrink = 1.0f;
-    row.high = kInfinity;
+    row = {.high = kInfinity, .shrink = 1.0f, .total = nan ? kNaN : kInfinity};
     return;
   }
   const float zero = next == -kInfinity ? 0.0f : next;
   Vec total{};
-  for (int j = 0; j < captions; j += kLanes) {
-    const Vec p = exponential(load(logits + j) - zero);
-    store(logits + j, p);
+  for (int j = 0; j < whole; j += kLanes) {
+    const Vec p = exponential(fma(load(scores + j), set(scale), set(-zero)));
+    store(scores + j, p);
+    total += p;
+  }
+  if (whole < captions) {
+    const Vec p = live ? exponential(fma(load(scores + whole), set(scale), set(-zero))) : Vec{};
+    store(scores + whole, p);
     total += p;
   }
   row.shrink = row.high == next ? 1.0f : exponential(set(row.high - zero))[0];

@@ -21,16 +21,22 @@ inline std::uint16_t narrowed(float x) {
   return static_cast<std::uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
-// Numbers [first, first + count) of a row as floats, zeros from `depth` on and where there is no row.
-inline void read(const void* row, Element type, int first, int count, int depth, float* out) {
-  const int there = row == nullptr ? 0 : depth - first < count ? depth - first : count;
+// Numbers [first, first + Count) of a row as floats, zeros from `depth` on and where there is no row.
+template <int Count>
+inline void read(const void* row, Element type, int first, int depth, float* out) {
+  const int there = row == nullptr ? 0 : depth - first;
   if (type == Element::float32) {
-    if (there > 0) std::memcpy(out, static_cast<const float*>(row) + first, sizeof(float) * there);
+    const float* from = static_cast<const float*>(row) + first;
+    if (there >= Count) return void(std::memcpy(out, from, sizeof(float) * Count));  // a constant size: plain vector moves
+    for (int i = 0; i < Count; ++i) out[i] = i < there ? from[i] : 0.0f;
   } else {
     const std::uint16_t* from = static_cast<const std::uint16_t*>(row) + first;
-    for (int i = 0; i < there; ++i) out[i] = widened(from[i]);
+    if (there >= Count) {
+      for (int i = 0; i < Count; ++i) out[i] = widened(from[i]);
+    } else {
+      for (int i = 0; i < Count; ++i) out[i] = i < there ? widened(from[i]) : 0.0f;
+    }
   }
-  for (int i = there < 0 ? 0 : there; i < count; ++i) out[i] = 0.0f;
 }
 
 // out[k * out_stride + j] = in[j * in_stride + k] for j < rows, k < columns, both multiples of kLanes; 32-bit words of any kind.

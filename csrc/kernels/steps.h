@@ -4,20 +4,11 @@
 // The store costs one instruction per depth multiply-adds, and a row's epilogue then runs over contiguous numbers.
 #pragma once
 
-#include <limits>
-
 #include "kernels/candidates.h"
 #include "kernels/engine.h"
 #include "kernels/online_softmax.h"
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
-
-// Scores to logits, filled up with -inf to whole vectors.
-inline void scale_row(float* row, float scale, int captions) {
-  int j = 0;
-  for (; j < captions; ++j) row[j] *= scale;
-  for (; j % kLanes != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
-}
 
 inline void count_row(StatsRow& row, const float* scores, int captions) {
   const Vec best = set(row.best);
@@ -39,11 +30,8 @@ inline void count_row(StatsRow& row, const float* scores, int captions) {
 template <class Products>
 void softmax_step(const Step& step, float scale, SoftmaxRow* rows, float* mean) {
   Products::scores(step);
-  for (int r = 0; r < step.rows; ++r) {
-    float* row = step.scores + r * Products::kTile;
-    scale_row(row, scale, step.captions);
-    update(rows[r], row, step.captions);
-  }
+  for (int r = 0; r < step.rows; ++r)
+    update(rows[r], step.scores + r * Products::kTile, scale, step.captions);
   Products::mix(step, rows, mean);
 }
 
@@ -53,8 +41,7 @@ void stats_step(const Step& step, float scale, StatsRow* rows) {
   for (int r = 0; r < step.rows; ++r) {
     float* row = step.scores + r * Products::kTile;
     count_row(rows[r], row, step.captions);
-    scale_row(row, scale, step.captions);
-    update(rows[r].softmax, row, step.captions);
+    update(rows[r].softmax, row, scale, step.captions);
   }
 }
 

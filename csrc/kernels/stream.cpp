@@ -1,5 +1,9 @@
 #include "kernels/stream.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 
 #include "core/parallel.h"
@@ -34,6 +38,16 @@ void require(bool representable) {
 }
 
 }  // namespace
+
+Buffer::Buffer(std::size_t bytes) {
+  constexpr std::size_t kLine = 64, kHugePage = 2u << 20;
+  const std::size_t step = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + step - 1) / step * step;
+  data_.reset(static_cast<char*>(std::aligned_alloc(step, size)));
+  if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (step == kHugePage) madvise(data_.get(), size, MADV_HUGEPAGE);
+#endif
+}
 
 Stream::Stream(const Engine& engine, const Matrix& emb, std::int64_t begin, std::int64_t end, const Matrix& bank, int threads)
     : engine_(engine),

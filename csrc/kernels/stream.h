@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <new>
@@ -36,16 +37,16 @@ struct Matrix {
 // Packing met a number that the engine cannot represent.
 struct Unrepresentable {};
 
-// Uninitialised memory on a cache line.
+// Uninitialised memory on a cache line; large ones on huge pages where the system has them to give, which spares the streams
+// through them most address translations and page faults.
 class Buffer {
  public:
-  explicit Buffer(std::size_t bytes) : data_(static_cast<char*>(::operator new(bytes, kLine))) {}
+  explicit Buffer(std::size_t bytes);
   char* at(std::size_t offset) const { return data_.get() + offset; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(char* data) const { ::operator delete(data, kLine); }
+    void operator()(char* data) const { std::free(data); }
   };
   std::unique_ptr<char, Free> data_;
 };

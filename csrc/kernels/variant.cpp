@@ -2,6 +2,7 @@
 #include "kernels/engines.h"
 #include "kernels/fma_products.h"
 #include "kernels/steps.h"
+#include "kernels/tile_products.h"
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 namespace {
@@ -32,9 +33,12 @@ constexpr Engine engine(const Engine* fallback) {
 }
 
 constexpr Engine kFma = engine<FmaProducts>(nullptr);
+constexpr Engine kNarrowTiles = engine<TileProducts<1>>(nullptr);
+constexpr Engine kWideTiles = engine<TileProducts<3>>(&kFma);
 
 }  // namespace
 
 const Engine& fma_engine() { return kFma; }
+const Engine& tile_engine(Element type) { return type == Element::bfloat16 ? kNarrowTiles : kWideTiles; }
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT
