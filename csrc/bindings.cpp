@@ -1,8 +1,9 @@
 // The module `pairclip_fast._native`. Each room binds its own functions.
+#include "kernels/bindings.h"
+
 #include <nanobind/nanobind.h>
 
 #include "core/cpu.h"
-#include "kernels/bindings.h"
 
 namespace nb = nanobind;
 

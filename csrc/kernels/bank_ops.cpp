@@ -18,7 +18,8 @@ float log_partition(const SoftmaxRow& row) { return static_cast<float>(row.high 
 template <class Work>
 void in_batches(const Call& call, std::int64_t most, const Work& work) {
   for (const Engine* engine = &call.engine; engine != nullptr; engine = engine->fallback) try {
-      for (std::int64_t begin = 0; begin < call.emb.rows; begin += most) work(*engine, begin, std::min(call.emb.rows, begin + most));
+      for (std::int64_t begin = 0; begin < call.emb.rows; begin += most)
+        work(*engine, begin, std::min(call.emb.rows, begin + most));
       return;
     } catch (const Unrepresentable&) {
       if (engine->fallback == nullptr) throw;
@@ -33,9 +34,8 @@ void bank_softmax(const Call& call, float scale, float* lse, float* mean) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     std::vector<SoftmaxRow> rows(end - begin, {-kInfinity, 1.0f, 0.0});
     std::fill(mean + begin * depth, mean + end * depth, 0.0f);
-    stream.run(true, [&](const Step& step, std::int64_t row) {
-      engine.softmax(step, scale, &rows[row], mean + (begin + row) * depth);
-    });
+    stream.run(
+        true, [&](const Step& step, std::int64_t row) { engine.softmax(step, scale, &rows[row], mean + (begin + row) * depth); });
     for (std::int64_t i = begin; i < end; ++i) {
       const SoftmaxRow& row = rows[i - begin];
       lse[i] = log_partition(row);
@@ -50,7 +50,8 @@ void bank_stats(const Call& call, float scale, const Chosen& positives, float* l
   in_batches(call, kMostRows, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     std::vector<StatsRow> rows(end - begin, {{-kInfinity, 1.0f, 0.0}, -kInfinity, 0, 0, false});
-    const Chosen chosen{positives.captions, positives.first.subspan(begin, end - begin), positives.last.subspan(begin, end - begin)};
+    const Chosen chosen{positives.captions, positives.first.subspan(begin, end - begin),
+                        positives.last.subspan(begin, end - begin)};
     stream.run_chosen(chosen, [&](std::int64_t row, std::span<const float> scores) {
       // No positive is above the best one, and those that equal it will be counted once each: taken off in advance.
       float top = -kInfinity;

@@ -59,7 +59,8 @@ void bind_stats(nb::module_& module) {
     expect(first.size() == rows && last.size() == rows, "the choice");
     expect(lse.size() == rows && best.size() == rows && greater.size() == rows && equal.size() == rows, "the outputs");
     const nb::gil_scoped_release released;
-    bank_stats(asked, scale, {span_of(captions), span_of(first), span_of(last)}, lse.data(), best.data(), greater.data(), equal.data());
+    bank_stats(asked, scale, {span_of(captions), span_of(first), span_of(last)}, lse.data(), best.data(), greater.data(),
+               equal.data());
   });
 }
 
@@ -87,6 +88,13 @@ void bind(nb::module_& module) {
       "precision",
       [](const std::string& name, bool narrow) { return engine(name, narrow ? Element::bfloat16 : Element::float32).precision; },
       "How an engine multiplies bfloat16 (narrow) or float32 inputs.");
+  module.def(
+      "exponentials",
+      [](const std::string& name, Floats numbers) {
+        expect(numbers.size() % kSlack == 0, "the numbers");
+        engine(name, Element::float32).exponentials(numbers.data(), static_cast<std::int64_t>(numbers.size()));
+      },
+      "The softmax's exp, in place; for tests.");
   bind_softmax(module);
   bind_stats(module);
   bind_chosen(module);

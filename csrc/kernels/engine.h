@@ -46,10 +46,10 @@ struct Step {
   const void* keys;     // packed tile
   const void* values;   // packed tile; null where nothing is mixed
   int depth;
-  int rows;             // of the block, the rest is padding
-  int captions;         // of the tile, likewise
-  std::int64_t first;   // index in the bank of the tile's first row
-  float* scores;        // [Engine::rows, Engine::tile], 64-byte aligned
+  int rows;            // of the block, the rest is padding
+  int captions;        // of the tile, likewise
+  std::int64_t first;  // index in the bank of the tile's first row
+  float* scores;       // [Engine::rows, Engine::tile], 64-byte aligned
 };
 
 struct Engine {
@@ -75,7 +75,8 @@ struct Engine {
   void (*softmax)(const Step& step, float scale, SoftmaxRow* rows, float* mean);  // mean [rows, depth]
   void (*stats)(const Step& step, float scale, StatsRow* rows);
   void (*topk)(const Step& step, TopkSize size, TopkRow* rows);
-  void (*sort)(TopkSize size, TopkRow* row);  // the k best, best first
+  void (*sort)(TopkSize size, TopkRow* row);                 // the k best, best first
+  void (*exponentials)(float* numbers, std::int64_t count);  // for the tests; a multiple of kSlack
 };
 
 }  // namespace pairclip::kernels

@@ -31,7 +31,8 @@ const Engine& of_level(Level level, Element type) {
 
 std::vector<std::string> engine_names() {
   std::vector<std::string> names{"emulated"};
-  for (int level = 0; level <= static_cast<int>(best_level()); ++level) names.emplace_back(pairclip::name(static_cast<Level>(level)));
+  for (int level = 0; level <= static_cast<int>(best_level()); ++level)
+    names.emplace_back(pairclip::name(static_cast<Level>(level)));
   return names;
 }
 

@@ -8,10 +8,10 @@
 
 namespace pairclip::kernels {
 
-#define PAIRCLIP_DECLARE_ENGINES(variant)    \
-  namespace variant {                        \
-  const Engine& fma_engine();                \
-  const Engine& tile_engine(Element type);   \
+#define PAIRCLIP_DECLARE_ENGINES(variant)  \
+  namespace variant {                      \
+  const Engine& fma_engine();              \
+  const Engine& tile_engine(Element type); \
   }
 PAIRCLIP_DECLARE_ENGINES(portable)
 PAIRCLIP_DECLARE_ENGINES(avx2)

@@ -24,7 +24,7 @@ struct FmaProducts {
 #endif
   static constexpr int kWidth = 2 * kLanes;
   static constexpr int kTile = 128;  // keys and values of a tile of depth 512: 512 KB, within a server's second-level cache
-  static constexpr const char* kPrecision = "float32 multiply-add, bfloat16 widened";
+  static constexpr const char* kPrecision = "float32 multiply-add";
 
   static constexpr int panels(int depth) { return (depth + kWidth - 1) / kWidth; }
   static std::size_t query_bytes(int depth) { return sizeof(float) * kRows * depth; }
@@ -51,7 +51,8 @@ struct FmaProducts {
       float* to = static_cast<float*>(out) + static_cast<std::size_t>(panel) * depth * kWidth;
       for (int first = 0; first < depth; first += kLanes) {
         const int captions = count - panel * kWidth;
-        for (int j = 0; j < kWidth; ++j) read<kLanes>(j < captions ? rows[panel * kWidth + j] : nullptr, type, first, depth, part[j]);
+        for (int j = 0; j < kWidth; ++j)
+          read<kLanes>(j < captions ? rows[panel * kWidth + j] : nullptr, type, first, depth, part[j]);
         const bool whole = first + kLanes <= depth;
         transpose(part, kLanes, kWidth, kLanes, whole ? to + first * kWidth : turned[0], kWidth);
         if (!whole) std::memcpy(to + first * kWidth, turned, sizeof(float) * kWidth * (depth - first));

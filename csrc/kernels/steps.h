@@ -30,8 +30,7 @@ inline void count_row(StatsRow& row, const float* scores, int captions) {
 template <class Products>
 void softmax_step(const Step& step, float scale, SoftmaxRow* rows, float* mean) {
   Products::scores(step);
-  for (int r = 0; r < step.rows; ++r)
-    update(rows[r], step.scores + r * Products::kTile, scale, step.captions);
+  for (int r = 0; r < step.rows; ++r) update(rows[r], step.scores + r * Products::kTile, scale, step.captions);
   Products::mix(step, rows, mean);
 }
 

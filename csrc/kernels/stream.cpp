@@ -129,7 +129,8 @@ void Stream::run_chosen(const Chosen& chosen, const VisitChosen& visit) const {
     const int count = rows_of(block);
     std::vector<std::pair<int, std::int64_t>> pairs;  // row of the block, caption
     for (int r = 0; r < count; ++r)
-      for (std::int64_t i = chosen.first[first_row + r]; i < chosen.last[first_row + r]; ++i) pairs.emplace_back(r, chosen.captions[i]);
+      for (std::int64_t i = chosen.first[first_row + r]; i < chosen.last[first_row + r]; ++i)
+        pairs.emplace_back(r, chosen.captions[i]);
     std::vector<float> found(pairs.size());
     std::vector<const void*> rows;
     Step step{.queries = queries_.at(block * query_bytes),

@@ -57,7 +57,8 @@ struct TileProducts {
   static constexpr int kTile = 256;  // steps over the captions cost a store of the sums; 256 rows of depth 512 are 256 KB a part
   static constexpr int kWidth = 32;
   static constexpr int kWeightParts = Parts == 1 ? 2 : Parts;
-  static constexpr const char* kPrecision = Parts == 1 ? "bfloat16 tiles, float32 sums" : "six products of bfloat16 tiles (24 bits)";
+  static constexpr const char* kPrecision =
+      Parts == 1 ? "bfloat16 tiles, float32 sums" : "six products of bfloat16 tiles (24 bits)";
 
   static int steps(int depth) { return (depth + 31) / 32; }
   static std::size_t part_bytes(int depth) { return 2 * kTileBytes * static_cast<std::size_t>(steps(depth)); }
@@ -75,8 +76,8 @@ struct TileProducts {
         read<32>(r < count ? rows[r] : nullptr, type, step * 32, depth, numbers);
         representable &= split<Parts>(numbers, parts);
         for (int part = 0; part < Parts; ++part)
-          std::memcpy(static_cast<char*>(out) + part * part_bytes(depth) + step * 2 * kTileBytes + r * sizeof parts[0], parts[part],
-                      sizeof parts[0]);
+          std::memcpy(static_cast<char*>(out) + part * part_bytes(depth) + step * 2 * kTileBytes + r * sizeof parts[0],
+                      parts[part], sizeof parts[0]);
       }
     return representable;
   }
@@ -114,7 +115,8 @@ struct TileProducts {
           representable &= split<Parts>(numbers, parts[member]);
         }
         for (int part = 0; part < Parts; ++part) {
-          char* pairs = static_cast<char*>(out) + (column * Parts + part) * part_bytes(kTile) + j / 32 * 2 * kTileBytes + j % 32 / 2 * 64;
+          char* pairs =
+              static_cast<char*>(out) + (column * Parts + part) * part_bytes(kTile) + j / 32 * 2 * kTileBytes + j % 32 / 2 * 64;
           std::uint32_t words[32];
           for (int i = 0; i < 32; ++i) words[i] = parts[0][part][i] | static_cast<std::uint32_t>(parts[1][part][i]) << 16;
           std::memcpy(pairs, words, 64);
@@ -130,7 +132,8 @@ struct TileProducts {
   static void scores(const Step& step) {
     const Factor queries{static_cast<const char*>(step.queries), part_bytes(step.depth)};
     for (int first = 0; first < step.captions; first += kWidth) {
-      const Factor keys{static_cast<const char*>(step.keys) + first / kWidth * Parts * part_bytes(step.depth), part_bytes(step.depth)};
+      const Factor keys{static_cast<const char*>(step.keys) + first / kWidth * Parts * part_bytes(step.depth),
+                        part_bytes(step.depth)};
       multiply<Parts, Parts>(queries, keys, steps(step.depth));
       Tiles::store(step.scores + first, kTile);
     }
@@ -158,7 +161,8 @@ struct TileProducts {
         read<32>(r < step.rows ? step.scores + r * kTile : nullptr, Element::float32, first, step.captions, numbers);
         split<kWeightParts>(numbers, parts);
         for (int part = 0; part < kWeightParts; ++part)
-          std::memcpy(out + part * part_bytes(kTile) + first * 2 * kTileBytes / 32 + r * sizeof parts[0], parts[part], sizeof parts[0]);
+          std::memcpy(out + part * part_bytes(kTile) + first * 2 * kTileBytes / 32 + r * sizeof parts[0], parts[part],
+                      sizeof parts[0]);
       }
   }
 };

@@ -5,11 +5,10 @@
 // contiguous. `multiply` adds the four products of 16 x 32 by 32 x 16: 65,536 multiply-adds in four instructions.
 //
 // The software twin repeats what the processor documents for tdpbf16ps (Intel SDM, volume 2): even and odd members of the
-// pairs are summed apart from zero, then added, then added to the sums; denormal numbers count as zero everywhere. It is
-// slow and exists so that the kernels above it can be tested on any machine.
+// pairs are summed apart from zero, then added, then added to the sums; denormal numbers count as zero everywhere. (It rounds
+// product and sum as one; the product of two bfloat16 is exact in float32, so that needs no fused instruction here.) The twin
+// is slow and exists so that the kernels above it can be tested on any machine.
 #pragma once
-
-#include <cmath>
 
 #include "kernels/packing.h"
 
@@ -88,20 +87,26 @@ struct Tiles {
   static void left(const void* tiles) { std::memcpy(state().left, tiles, sizeof state().left); }
   static void right(const void* tiles) { std::memcpy(state().right, tiles, sizeof state().right); }
 
-  static float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+  static float flushed(float x) { return x > -0x1p-126f && x < 0x1p-126f ? 0.0f : x; }
 
   static void multiply() {
     State& s = state();
-    for (int row = 0; row < 32; ++row)
-      for (int column = 0; column < 32; ++column) {
-        float member[2] = {0.0f, 0.0f};
+    for (int half = 0; half < 2; ++half) {
+      float pairs[16][2][16];  // pair of depth, member, column
+      for (int k = 0; k < 16; ++k)
+        for (int i = 0; i < 32; ++i) pairs[k][i % 2][i / 2] = flushed(widened(s.right[half][k][i]));
+      for (int row = 0; row < 32; ++row) {
+        float members[2][16] = {};
         for (int k = 0; k < 32; ++k) {
           const float a = flushed(widened(s.left[row / 16][row % 16][k]));
-          const float b = flushed(widened(s.right[column / 16][k / 2][column % 16 * 2 + k % 2]));
-          member[k % 2] = flushed(std::fma(a, b, member[k % 2]));
+          float* sums = members[k % 2];
+          for (int column = 0; column < 16; ++column) sums[column] = flushed(sums[column] + a * pairs[k / 2][k % 2][column]);
         }
-        s.sums[row][column] = flushed(s.sums[row][column] + flushed(member[0] + member[1]));
+        float* sums = s.sums[row] + 16 * half;
+        for (int column = 0; column < 16; ++column)
+          sums[column] = flushed(sums[column] + flushed(members[0][column] + members[1][column]));
       }
+    }
   }
   static void store(float* out, int stride) {
     for (int row = 0; row < 32; ++row) std::memcpy(out + row * stride, state().sums[row], sizeof state().sums[row]);

@@ -10,6 +10,10 @@ namespace {
 #define PAIRCLIP_TEXT_OF(name) #name
 #define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
+void exponentials(float* numbers, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kLanes) store(numbers + i, exponential(load(numbers + i)));
+}
+
 template <class Products>
 constexpr Engine engine(const Engine* fallback) {
   return {.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
@@ -29,7 +33,8 @@ constexpr Engine engine(const Engine* fallback) {
           .softmax = softmax_step<Products>,
           .stats = stats_step<Products>,
           .topk = topk_step<Products>,
-          .sort = [](TopkSize size, TopkRow* row) { sort_best(*row, size.k); }};
+          .sort = [](TopkSize size, TopkRow* row) { sort_best(*row, size.k); },
+          .exponentials = exponentials};
 }
 
 constexpr Engine kFma = engine<FmaProducts>(nullptr);

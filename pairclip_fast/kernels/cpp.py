@@ -19,22 +19,22 @@ MOST_CAPTIONS = 2**31 - 1
 """Captions are counted, and remembered by `bank_topk`, in 32 bits."""
 
 
-def why_not(device: torch.device) -> str | None:
-    """The reason why nothing of it can run on `device`; None if it can."""
+def why_not(_device: torch.device) -> str | None:
+    """The reason why nothing of it can run; None if it can."""
     found = native()
     return found.reason if found.module is None else None
 
 
-def describe(device: torch.device) -> str:
+def describe(_device: torch.device) -> str:
     """Instruction set and precision."""
-    kernels = native().module.kernels
     name = best_engine()
-    return f"C++, {name}; float32: {kernels.precision(name, False)}; bfloat16: {kernels.precision(name, True)}"
+    wide, narrow = (_kernels().precision(name, bfloat16) for bfloat16 in (False, True))
+    return f"C++, {name}, {wide}" if wide == narrow else f"C++, {name}, float32 by {wide}, bfloat16 by {narrow}"
 
 
 def best_engine() -> str:
     """The fastest engine of this machine."""
-    name: str = native().module.kernels.engines()[-1]
+    name: str = _kernels().engines()[-1]
     return name
 
 

@@ -14,6 +14,7 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
+from pairclip_fast.kernels.ops import implementation
 from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank
@@ -53,6 +54,8 @@ class TrainingPlan:
     """Weights, gradients, optimizer, averages, bank, and activations of one micro-batch."""
     device: str
     precision: str
+    kernels: str
+    """Which implementation of the caption-bank operations runs, and why."""
     loader: str
     compile: str
 
@@ -65,7 +68,7 @@ class TrainingPlan:
             f"plan: {self.num_train:,} training and {self.num_val:,} validation pairs, {self.num_captions:,} captions",
             f"      {self.parameters:,} parameters, {self.flops_per_pair / 1e9:.3f} GFLOP per pair, {self.total_pflop:.4g} PFLOP in all",
             f"      {self.epochs} epochs of {self.steps_per_epoch:,} steps; {self.precision}; loader {self.loader}; {self.compile}",
-            f"      on {self.device}",
+            f"      on {self.device}; kernels {self.kernels}",
             f"      about {words_for_seconds(self.eta_s)} (estimate), {self.memory_gib:.2f} GiB for the training itself (estimate)",
         ]
 
@@ -90,6 +93,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     ranked = num_val * (max(config.train.epochs * left / max(pairs, 1), 0.0) + 1)
     copies = 4 + bool(config.optimizer.ema_decay)  # weight, gradient, two moments, average
     rate = found.pairs_per_second * parts.processes.world_size
+    kernels = implementation(parts.placement.device)
     return TrainingPlan(
         num_train=parts.num_train,
         num_val=num_val,
@@ -104,6 +108,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         / GIB,
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
+        kernels=f"{kernels.name} ({kernels.reason})",
         loader=loader,
         compile=compiled,
     )

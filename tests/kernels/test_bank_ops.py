@@ -1,8 +1,11 @@
-"""The bank operations against their definitions, with properties, gradients, registration checks and wrong versions."""
+"""The bank operations against their definitions, with properties, gradients, registration checks and wrong versions.
+
+Everything runs twice: with the portable operations, and with whatever implementation of its own this machine's CPU has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -12,9 +15,21 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pairclip_fast.kernels import ops, portable, reference
+from pairclip_fast.kernels import cpp, ops, portable, reference
+from pairclip_fast.kernels.choice import VARIABLE
 
 SCALE = torch.tensor(11.0)
+
+
+@pytest.fixture(scope="module", params=["torch", "cpp"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    missing = cpp.why_not(torch.device("cpu")) if name == "cpp" else None
+    if missing:
+        pytest.skip(missing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, name)
+        yield name
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -252,7 +267,7 @@ def test_scores_stay_within_the_workspace(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(sizes) <= 64 * 1024
 
 
-def test_the_implementation_is_named_with_its_reason() -> None:
+def test_the_implementation_is_named_with_its_reason(backend: str) -> None:
     found = ops.implementation(torch.device("cpu"))
-    assert found.name == "torch"
-    assert "cpu" in found.reason
+    assert found.name == backend
+    assert ("C++" if backend == "cpp" else VARIABLE) in found.reason
