@@ -43,20 +43,16 @@ inline Ints set(std::int32_t x) { return x - Ints{}; }
 inline Ints bits_of(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
 
-// fma(a, b, c) = a * b + c, rounded once where the processor can. high(a, b): the larger; b where either is NaN.
-// The comparisons give a bit per lane.
+// The larger; b where either is NaN. One instruction on x86.
+inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
+
+// fma(a, b, c) = a * b + c, rounded once where the processor can.
+// not_less_equal(a, b): a bit per lane; true where either is NaN.
 #if defined(__AVX512F__)
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec high(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-inline float highest(Vec v) { return _mm512_reduce_max_ps(v); }
-inline unsigned greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-inline unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 #elif defined(__AVX2__)
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec high(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-inline unsigned greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-inline unsigned equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
 #else
 inline unsigned lanes(Ints truth) {
@@ -65,27 +61,39 @@ inline unsigned lanes(Ints truth) {
   return bits;
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
-inline unsigned greater(Vec a, Vec b) { return lanes(a > b); }
-inline unsigned equal(Vec a, Vec b) { return lanes(a == b); }
 inline unsigned not_less_equal(Vec a, Vec b) { return lanes(~(a <= b)); }
 #endif
 
-#if !defined(__AVX512F__)
-inline float highest(Vec v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-#endif
+// Lane numbers, from memory: compilers build a vector that is filled lane by lane just so.
+struct LaneNumbers {
+  std::int32_t counted[2 * kLanes];  // 0, 1, 2, ...
+  std::int32_t interleaved[kLanes];  // of two vectors' lower halves: 0, kLanes, 1, kLanes + 1, ...
+  constexpr LaneNumbers() : counted(), interleaved() {
+    for (int i = 0; i < 2 * kLanes; ++i) counted[i] = i;
+    for (int i = 0; i < kLanes; ++i) interleaved[i] = i / 2 + i % 2 * kLanes;
+  }
+};
+constexpr LaneNumbers kLaneNumbers;
 
-// Halves of the sum first, then their halves: the order is fixed, and the same for every caller.
-inline float sum(Vec v) {
-  alignas(64) float x[kLanes];
-  store(x, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+inline Ints places() { return load(kLaneNumbers.counted); }
+
+// Lane i gets lane i + distance, round in a circle (a shuffle takes its lane numbers modulo kLanes).
+template <class Vector>
+Vector turned(Vector v, int distance) {
+  return __builtin_shuffle(v, load(kLaneNumbers.counted + distance));
+}
+
+// Over all lanes, halves first, then their halves: the order is fixed, and the same for every caller.
+template <class Vector>
+auto sum(Vector v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) v += turned(v, half);
+  return v[0];
+}
+inline float highest(Vec v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) v = high(v, turned(v, half));
+  return v[0];
 }
 
 // Stores the chosen lanes side by side and returns how many; may write up to kLanes numbers.
@@ -106,19 +114,9 @@ inline unsigned lanes_before(int first, int end) {
   return left >= kLanes ? (1u << kLanes) - 1 : left <= 0 ? 0 : (1u << left) - 1;
 }
 
-inline Ints places() {
-  Ints v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-
 // Transposes a square of kLanes vectors: interleaving the first half with the second, log2(kLanes) times, does it.
 inline void transpose(Ints (&square)[kLanes]) {
-  Ints low, upper;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    upper[i] = low[i] + kLanes / 2;
-  }
+  const Ints low = load(kLaneNumbers.interleaved), upper = low + kLanes / 2;
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
     Ints next[kLanes];

@@ -8,6 +8,8 @@
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+
 // exp(x) for x <= 88: 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts, the first
 // short enough that n times it is exact (Cody and Waite 1980); exp(r) is a polynomial, minimax in relative error (3.1e-9).
 // Error at most 1.5 units in the last place (tested on every 97th float). Below -87.3, where results would be denormal: 0.
@@ -30,41 +32,49 @@ inline Vec exponential(Vec x) {
   return x < kLowest ? Vec{} : p * power;
 }
 
-// Turns `captions` scores of a row into exp(scale * score - high), in place, padded with zeros to whole vectors, and updates
-// the row. Fusing the scale into the subtraction spares logits their own rounding.
+// A row takes in `captions` more scores in two steps, so that a caller can do the first for all rows of a block: both are
+// chains of dependent instructions, and rows side by side fill each other's gaps.
+//
 // Infinities follow torch: a logit of +inf gives lse = inf and a mean of NaN; only -inf gives -inf and NaN; NaN gives NaN.
-inline void update(SoftmaxRow& row, float* scores, float scale, int captions) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// First step: the highest logit, and by how much that shrinks what was summed before.
+inline void raise(SoftmaxRow& row, const float* scores, float scale, int captions) {
   const int whole = captions / kLanes * kLanes;
-  const Ints live = places() < captions - whole;  // lanes of the vector after the whole ones
   Vec top = set(row.high);
   for (int j = 0; j < whole; j += kLanes) top = high(load(scores + j) * scale, top);
-  if (whole < captions) top = high(live ? load(scores + whole) * scale : set(-kInfinity), top);
+  if (whole < captions) top = high(places() < captions - whole ? load(scores + whole) * scale : set(-kInfinity), top);
   const float next = highest(top);
-  if (next == kInfinity) {
+  row.shrink = row.high == next ? 1.0f : exponential(set(row.high - next))[0];
+  row.high = next;
+}
+
+enum class Scores { kept, weighted };
+
+// Second step: the sum of exp(scale * score - high), in which the fused multiply spares the logits their own rounding.
+// Weighted: these terms replace the scores, padded with zeros to whole vectors.
+template <Scores After>
+void add(SoftmaxRow& row, float* scores, float scale, int captions) {
+  if (row.high == kInfinity) {
     bool nan = row.total != row.total;
     for (int j = 0; j < captions; ++j) {
       nan |= scores[j] * scale != scores[j] * scale;
-      scores[j] = kNaN;
+      if constexpr (After == Scores::weighted) scores[j] = kNaN;
     }
-    row = {.high = kInfinity, .shrink = 1.0f, .total = nan ? kNaN : kInfinity};
+    row.total = nan ? kNaN : kInfinity;
     return;
   }
-  const float zero = next == -kInfinity ? 0.0f : next;
+  const float zero = row.high == -kInfinity ? 0.0f : row.high;
   Vec total{};
-  for (int j = 0; j < whole; j += kLanes) {
-    const Vec p = exponential(fma(load(scores + j), set(scale), set(-zero)));
-    store(scores + j, p);
-    total += p;
-  }
-  if (whole < captions) {
-    const Vec p = live ? exponential(fma(load(scores + whole), set(scale), set(-zero))) : Vec{};
-    store(scores + whole, p);
-    total += p;
-  }
-  row.shrink = row.high == next ? 1.0f : exponential(set(row.high - zero))[0];
+  const auto weigh = [&](int j, Ints counted) {
+    const Vec all = exponential(fma(load(scores + j), set(scale), set(-zero)));
+    const Vec weights = counted ? all : Vec{};
+    if constexpr (After == Scores::weighted) store(scores + j, weights);
+    total += weights;
+  };
+  const int whole = captions / kLanes * kLanes;
+  for (int j = 0; j < whole; j += kLanes) weigh(j, set(-1));
+  if (whole < captions) weigh(whole, places() < captions - whole);
   row.total = row.total * row.shrink + sum(total);
-  row.high = next;
 }
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

@@ -12,35 +12,50 @@ namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
 inline void count_row(StatsRow& row, const float* scores, int captions) {
   const Vec best = set(row.best);
-  unsigned damaged = 0;
-  int above = 0, ties = 0;
-  for (int j = 0; j < captions; j += kLanes) {
-    const unsigned live = lanes_before(j, captions);
+  Ints above{}, ties{};  // true is -1
+  int j = 0;
+  for (; j + kLanes <= captions; j += kLanes) {
     const Vec score = load(scores + j);
-    const unsigned higher = greater(score, best) & live, same = equal(score, best) & live;
-    above += __builtin_popcount(higher);
-    ties += __builtin_popcount(same);
-    damaged |= ~equal(score, score) & live;
+    above -= score > best;
+    ties -= score == best;
   }
-  row.greater += above;
-  row.equal += ties;
-  row.damaged |= damaged != 0;
+  if (j < captions) {
+    const Vec score = load(scores + j);
+    const Ints live = places() < captions - j;
+    above -= (score > best) & live;
+    ties -= (score == best) & live;
+  }
+  row.greater += sum(above);
+  row.equal += sum(ties);
+}
+
+inline bool any_nan(const float* scores, int captions) {
+  bool found = false;
+  for (int j = 0; j < captions; ++j) found |= scores[j] != scores[j];
+  return found;
 }
 
 template <class Products>
 void softmax_step(const Step& step, float scale, SoftmaxRow* rows, float* mean) {
   Products::scores(step);
-  for (int r = 0; r < step.rows; ++r) update(rows[r], step.scores + r * Products::kTile, scale, step.captions);
+  const auto scores = [&](int r) { return step.scores + r * Products::kTile; };
+  for (int r = 0; r < step.rows; ++r) raise(rows[r], scores(r), scale, step.captions);
+  for (int r = 0; r < step.rows; ++r) add<Scores::weighted>(rows[r], scores(r), scale, step.captions);
   Products::mix(step, rows, mean);
 }
 
 template <class Products>
 void stats_step(const Step& step, float scale, StatsRow* rows) {
   Products::scores(step);
+  const auto scores = [&](int r) { return step.scores + r * Products::kTile; };
   for (int r = 0; r < step.rows; ++r) {
-    float* row = step.scores + r * Products::kTile;
-    count_row(rows[r], row, step.captions);
-    update(rows[r].softmax, row, scale, step.captions);
+    count_row(rows[r], scores(r), step.captions);
+    raise(rows[r].softmax, scores(r), scale, step.captions);
+  }
+  for (int r = 0; r < step.rows; ++r) {
+    add<Scores::kept>(rows[r].softmax, scores(r), scale, step.captions);
+    // NaN anywhere has made the sum NaN; so have infinite scores with a scale of 0, which do no damage.
+    if (rows[r].softmax.total != rows[r].softmax.total) rows[r].damaged |= any_nan(scores(r), step.captions);
   }
 }
 
