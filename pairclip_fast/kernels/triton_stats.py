@@ -1,0 +1,115 @@
+"""`bank_stats` in Triton: log-partition and ranks in one pass over the bank, without keeping a score.
+
+A rank is a count of captions that score above the best positive, so that score has to be known before the pass, to the bit:
+one unit in the last place off, and a caption equal to the positive counts as better. The score of the target itself,
+computed beforehand, is only a guess (other members of its group may score higher, and no compiler promises equal bits in two
+kernels). So the pass also finds the best positive on its way; a second pass, whose programs end at once unless a row of theirs
+was guessed wrong, then counts against the score that the first one saw with the very same instructions. The answer is exact
+whatever the guess was; a good guess makes it one pass.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pairclip_fast.kernels.tiles import Tile, exact_precision, tiles_per_split
+from pairclip_fast.kernels.triton_scores import pair_scores, score_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["batch", "captions", "tiles_per_split"])
+@no_type_check
+def stats_kernel(
+    emb, emb_stride, bank, bank_stride, scale, positive, guess, own, groups,
+    lse_out, best_out, greater_out, equal_out, batch, captions, tiles_per_split,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per split: log-partition, best positive seen, and the non-positives above and equal to `positive`.
+
+    The second pass differs from the first in one thing: `positive` is not `guess` in it, and programs all of whose rows
+    agree have nothing to correct.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    present = row < batch
+    source = tl.minimum(row, batch - 1)
+    target = tl.load(positive + source)
+    if guess is not None:
+        guessed = tl.load(guess + source)
+        # NaN differs from everything; its row is damaged whatever is counted.
+        if tl.max(((target != guessed) & (guessed == guessed)).to(tl.int32), 0) == 0:
+            return
+    owner = tl.load(own + source)
+    scale2 = tl.load(scale).to(tl.float32) * LOG2E
+    high = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    greater = tl.zeros((ROWS,), tl.int32)
+    equal = tl.zeros((ROWS,), tl.int32)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(captions, COLUMNS))
+    for tile in tl.range(first, last, flatten=True):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        place = tl.minimum(column, captions - 1)
+        scores = score_tile(emb, emb_stride, source, bank, bank_stride, place, DIM, DEPTH, PRECISION)
+        inside = (column < captions)[None, :]
+        group = tl.load(groups + place) if groups is not None else place
+        mine = group[None, :] == owner[:, None]
+        best = tl.maximum(best, tl.max(tl.where(mine, scores, float("-inf")), 1))  # past the end: the last caption once more
+        rival = inside & ~mine
+        greater += tl.sum(((scores > target[:, None]) & rival).to(tl.int32), 1)
+        equal += tl.sum(((scores == target[:, None]) & rival).to(tl.int32), 1)
+        logits = tl.where(inside, scores * scale2, float("-inf"))
+        higher = tl.maximum(high, tl.max(logits, 1))
+        total = total * tl.exp2(high - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+        high = higher
+    out = split.to(tl.int64) * batch + row
+    tl.store(lse_out + out, (high + tl.log2(total)) * LN2, mask=present)
+    tl.store(best_out + out, best, mask=present)
+    tl.store(greater_out + out, greater, mask=present)
+    tl.store(equal_out + out, equal, mask=present)
+
+
+def bank_stats(
+    emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None, *, tile: Tile, pair_tile: Tile, splits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-partition, best positive score, captions above it and captions equal to it, each [B]."""
+    captions = bank.shape[0]
+    if emb.shape[0] == 0:
+        none = emb.new_empty(0, dtype=torch.float32)
+        return none, none.clone(), none.int(), none.int()
+    labels = None if groups is None else group_labels(groups)
+    own = targets.int() if labels is None else labels[targets]
+    guess = pair_scores(emb, bank, targets[:, None], tile=pair_tile)[:, 0].contiguous()
+    tiles, splits = tiles_per_split(captions, columns=tile.columns, splits=splits)
+    counts = torch.empty(2, splits, emb.shape[0], dtype=torch.int32, device=emb.device)
+    scores = torch.empty(2, splits, emb.shape[0], dtype=torch.float32, device=emb.device)
+
+    def count(positive: Tensor, guess: Tensor | None) -> Tensor:
+        stats_kernel[(triton.cdiv(emb.shape[0], tile.rows), splits)](
+            emb, emb.stride(0), bank, bank.stride(0), scale.float(), positive, guess, own, labels,
+            scores[0], scores[1], counts[0], counts[1], emb.shape[0], captions, tiles,
+            DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return torch.where(guess_is_nan, torch.nan, scores[1].amax(dim=0))
+
+    guess_is_nan = guess.isnan()
+    positive = count(guess, None)
+    positive = count(positive, guess)
+    lse = torch.logsumexp(scores[0], dim=0)
+    greater, equal = counts.sum(dim=1, dtype=torch.int32)
+    damaged = lse.isnan()
+    return lse, positive, torch.where(damaged, captions, greater), torch.where(damaged, 0, equal)
+
+
+def group_labels(groups: Tensor) -> Tensor:
+    """Any numbers to numbers that fit 32 bits: the place of each group's first member in sorted order."""
+    return torch.searchsorted(groups.sort().values, groups).int()
