@@ -78,7 +78,9 @@ def stats_tile(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) -> 
 
 def topk_tile(*, dtype: torch.dtype, dim: int) -> Tile:
     """Tile of the passes of `bank_topk`: small, since the position of each candidate in its list takes registers too."""
-    return Tile(rows=64, columns=64, depth=_depth(dim, 32 if dtype == torch.float32 else 64), warps=8, stages=3)
+    if dtype == torch.float32:
+        return Tile(rows=64, columns=32, depth=_depth(dim, 32), warps=4, stages=3)
+    return Tile(rows=64, columns=64, depth=_depth(dim, 64), warps=8, stages=3)
 
 
 def pair_tile(*, dtype: torch.dtype, dim: int) -> Tile:
