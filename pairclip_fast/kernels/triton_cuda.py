@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import warnings
-from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from pairclip_fast.kernels import portable, tiles
+from pairclip_fast.kernels import tiles
+from pairclip_fast.kernels.choice import Kernels
+from pairclip_fast.kernels.selfcheck import comparisons, make_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 USUAL = (torch.float32, 512)
 """What the trainer hands in: features outside autocast, of CLIP's size. `why_not` answers for these."""
 ALIGNMENT = 16
 """Bytes; the compiler is told that rows start at multiples of this."""
-MOST_CAPTIONS = 2**31 - 1024
-"""Column numbers are 32-bit and may run past the end by one tile."""
-CHECK_ROWS, CHECK_CAPTIONS, CHECK_TOP = 64, 300, 10
-CHECK_SCALE = 20.0
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest difference of log-partitions and means in the self-check: room for TF32 and for weights rounded to the inputs'
-dtype, far below what a wrong kernel does."""
-SCORE_TOLERANCE = 2e-6
-"""The same for scores of normalised features, always of float32's grade."""
+MOST_CAPTIONS = 2**30
+"""Column numbers have 32 bits and may run past the end by one tile of sampled captions."""
+CHECK_ROWS, CHECK_CAPTIONS = 64, 4_400
+"""Enough captions for several splits of the bank and for the candidate lists of `bank_topk`"""
 
 
 def why_not(device: torch.device) -> str | None:
@@ -112,46 +110,13 @@ def usable(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 def failure(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """What goes wrong in a small case; None if nothing does."""
     try:
-        for name, got, want, tolerance in _small_case(device, dtype, dim):
-            worst = float((got.double() - want.double()).abs().max())
-            if not worst <= tolerance:
-                return f"{name} is off by {worst:.2g} in the self-check, {tolerance:.2g} allowed"
+        case = make_case(device=device, dtype=dtype, batch=CHECK_ROWS, captions=CHECK_CAPTIONS, dim=dim)
+        for found in comparisons(cast(Kernels, sys.modules[__name__]), case):
+            if not found.ok:
+                return f"self-check: {found.operation}'s {found.output} is off by {found.worst:.2g}, {found.allowed:.2g} allowed"
     except Exception as error:  # noqa: BLE001 - compiler, driver and launcher fail with classes of their own; all mean the same
         return f"self-check: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
-
-
-def _small_case(device: torch.device, dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """Name, result, expectation and tolerance of every output, one operation after the other."""
-    generator = torch.Generator().manual_seed(0)
-    emb, bank = (torch.randn(rows, dim, generator=generator).to(device, dtype) for rows in (CHECK_ROWS, CHECK_CAPTIONS))
-    emb, bank = (torch.nn.functional.normalize(tensor, dim=1) for tensor in (emb, bank))
-    bank[-CHECK_ROWS:] = bank[:CHECK_ROWS]  # ties
-    scale = torch.tensor(CHECK_SCALE, device=device)
-    targets = torch.arange(CHECK_ROWS, device=device)
-    groups = torch.arange(CHECK_CAPTIONS, device=device) // 2
-    wide, wide_bank, wide_scale = emb.double(), bank.double(), scale.double()
-    tolerance = TOLERANCE[dtype]
-
-    lse, mean = bank_softmax(emb, bank, scale)
-    want_lse, want_mean = portable.bank_softmax(wide, wide_bank, wide_scale)
-    yield "bank_softmax's log-partition", lse, want_lse, tolerance
-    yield "bank_softmax's mean", mean, want_mean, tolerance
-    scores = wide @ wide_bank.T
-    chosen = targets[:, None] + torch.arange(3, device=device)
-    yield "pair_scores", pair_scores(emb, bank, chosen), scores.gather(1, chosen), SCORE_TOLERANCE
-    best, places = bank_topk(emb, bank, CHECK_TOP)
-    yield "bank_topk's scores", best, scores.topk(CHECK_TOP, dim=1).values, SCORE_TOLERANCE
-    yield "bank_topk's indices", best, scores.gather(1, places), SCORE_TOLERANCE
-    for label, given in (("", None), (" with groups", groups)):
-        lse, positive, greater, equal = bank_stats(emb, bank, scale, targets, given)
-        want = portable.bank_stats(wide, wide_bank, wide_scale, targets, given)
-        yield f"bank_stats' log-partition{label}", lse, want[0], tolerance
-        yield f"bank_stats' positive{label}", positive, want[1], SCORE_TOLERANCE
-        # Scores within a rounding of each other may change places; whole columns lost or counted twice may not.
-        near = ((scores - want[1][:, None]).abs() <= SCORE_TOLERANCE).sum(dim=1)
-        strays = ((greater - want[2]).abs() > near) | ((greater + equal - want[2] - want[3]).abs() > near)
-        yield f"bank_stats' counts{label}", strays, torch.zeros_like(strays), 0.0
 
 
 def _capability(tensor: Tensor) -> tuple[int, int]:

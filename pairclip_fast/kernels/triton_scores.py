@@ -41,8 +41,8 @@ def pair_kernel(
     DIM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The diagonal of a tile whose columns are the captions chosen for its rows: the tile's arithmetic, one use of each product."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = row.to(tl.int64) * chosen + tl.program_id(1)
+    row = tl.program_id(0) // chosen * ROWS + tl.arange(0, ROWS)
+    place = row.to(tl.int64) * chosen + tl.program_id(0) % chosen
     index = tl.load(indices + place, mask=row < batch, other=-1)
     scores = score_tile(emb, emb_stride, tl.minimum(row, batch - 1), bank, bank_stride, tl.maximum(index, 0), DIM, DEPTH, PRECISION)
     diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
@@ -57,8 +57,9 @@ def row_kernel(
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores with every `step`-th caption, [batch, width]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(width, COLUMNS)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     column = tl.minimum(place * step, captions - 1)
     scores = score_tile(emb, emb_stride, tl.minimum(row, batch - 1), bank, bank_stride, column, DIM, DEPTH, PRECISION)
     inside = (row < batch)[:, None] & (place < width)[None, :]
@@ -70,8 +71,8 @@ def pair_scores(emb: Tensor, bank: Tensor, indices: Tensor, *, tile: Tile) -> Te
     out = torch.empty(indices.shape, dtype=torch.float32, device=emb.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(emb.shape[0], tile.rows), indices.shape[1])
-    pair_kernel[grid](
+    programs = triton.cdiv(emb.shape[0], tile.rows) * indices.shape[1]  # in one dimension: the others end at 65,535
+    pair_kernel[(programs,)](
         emb, emb.stride(0), bank, bank.stride(0), indices.contiguous(), out, emb.shape[0], indices.shape[1],
         DIM=emb.shape[1], ROWS=tile.rows, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -83,8 +84,8 @@ def row_scores(emb: Tensor, bank: Tensor, *, step: int, tile: Tile) -> Tensor:
     """Scores of each row with captions 0, step, 2 * step, ...: [B, ceil(N / step)]."""
     width = triton.cdiv(bank.shape[0], step)
     out = torch.empty(emb.shape[0], width, dtype=torch.float32, device=emb.device)
-    grid = (triton.cdiv(emb.shape[0], tile.rows), triton.cdiv(width, tile.columns))
-    row_kernel[grid](
+    programs = triton.cdiv(emb.shape[0], tile.rows) * triton.cdiv(width, tile.columns)
+    row_kernel[(programs,)](
         emb, emb.stride(0), bank, bank.stride(0), out, emb.shape[0], bank.shape[0], step, width,
         DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,

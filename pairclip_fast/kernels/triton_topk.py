@@ -3,8 +3,8 @@
 Sorting inside every tile would cost several times the tile's products. Instead: the k-th best score of a sample (every
 `step`-th caption) is a lower bound for the k-th best of all, so one pass over the bank appends the captions that reach it to
 a short list per row and split, in the order of the bank; a stable sort of about `step * k` candidates then gives score
-descending, index ascending. What is left to luck is checked per row: a list that is too short (NaN) or overflowed (banks whose
-neighbours resemble each other) sends its row to the plain way, all scores and a stable sort. Where the list is whole, the
+descending, index ascending. What is left to luck is checked per row: a list that overflowed (banks whose neighbours resemble each
+other, NaN) or came out too short sends its row to the plain way, all scores and a stable sort. Where the list is whole, the
 answer is exact whatever the threshold was, so the sample needs no margin for rounding.
 """
 
@@ -52,7 +52,7 @@ def filter_kernel(
     for tile in tl.range(first, last, flatten=True):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         scores = score_tile(emb, emb_stride, source, bank, bank_stride, tl.minimum(column, captions - 1), DIM, DEPTH, PRECISION)
-        hit = (scores >= least[:, None]) & (column < captions)[None, :] & (row < batch)[:, None]
+        hit = ~(scores < least[:, None]) & (column < captions)[None, :] & (row < batch)[:, None]  # NaN too: it sorts first
         one = hit.to(tl.int32)
         position = found[:, None] + tl.cumsum(one, 1) - one
         found += tl.sum(one, 1)

@@ -76,15 +76,21 @@ def one_index_off(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores, indices
 
 
+def later_of_two_equals_first(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores, indices = portable.bank_topk(emb, bank.flip(0), k)
+    return scores, len(bank) - 1 - indices
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "reason"),
     [
         ("bank_softmax", off_by("bank_softmax", 0, 0.01), "log-partition is off"),
         ("bank_softmax", off_by("bank_softmax", 1, torch.nan), "mean is off"),
         ("bank_softmax", fail, "OutOfResources: out of resource: shared memory, Required"),
-        ("pair_scores", off_by("pair_scores", 0, 1e-4), "pair_scores is off"),
+        ("pair_scores", off_by("pair_scores", 0, 1e-4), "pair_scores's scores is off"),
         ("bank_topk", off_by("bank_topk", 0, 1e-4), "scores is off"),
         ("bank_topk", one_index_off, "indices is off"),
+        ("bank_topk", later_of_two_equals_first, "order is off"),
         ("bank_stats", off_by("bank_stats", 0, 0.01), "log-partition is off"),
         ("bank_stats", off_by("bank_stats", 1, 1e-4), "positive is off"),
         ("bank_stats", off_by("bank_stats", 2, 5), "counts is off"),

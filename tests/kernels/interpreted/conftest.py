@@ -54,7 +54,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]]
     from pairclip_fast.kernels import choice, triton_cuda
 
     def pretend(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(triton_cuda, "USUAL", (torch.float32, 64))  # the interpreter takes long for 512 features
+        monkeypatch.setattr(triton_cuda, "USUAL", (torch.float32, 64))  # the interpreter takes long for the real ones
+        monkeypatch.setattr(triton_cuda, "CHECK_CAPTIONS", 300)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=PROCESSORS))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
