@@ -73,9 +73,8 @@ def render_verification(verified: dict[str, Any]) -> str:
         verdict, ratio = "right" if row["ok"] else "WRONG", row["torch_ms"] / row["ms"]
         least = "-" if row["estimate_ms"] is None else f"{row['estimate_ms']:.3f}"
         lines.append(LINE.format(row["operation"], row["dtype"], size, verdict, row["ms"], row["torch_ms"], ratio, least))
-        for found in row["outputs"]:
-            if not found["ok"]:
-                lines.append(f"    {found['output']}: off by {found['worst']:.2g}, {found['allowed']:.2g} allowed")
+        wrong = [found for found in row["outputs"] if not found["ok"]]
+        lines += [f"    {found['output']}: off by {found['worst']:.2g}, {found['allowed']:.2g} allowed" for found in wrong]
     return "\n".join(lines)
 
 
