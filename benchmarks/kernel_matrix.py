@@ -44,6 +44,10 @@ POINTERS = {**DTYPES, torch.int32: "i32", torch.int64: "i64"}
 USUAL_DIM, OTHER_DIMS = 512, (256, 768)
 TENSOR_MEMORY_COLUMNS = 512
 MOST_REDUNDANCY = 1.05
+KNOWN_REDUNDANCY = {"9.0 softmax_kernel": 2.0}
+"""Triton 3.8 gives a product that feeds another one whole rows per warp, and 64 rows are enough for four of the eight warps. So
+both warp groups of a Hopper block compute all scores, half of the work, and the total is 1.5 times what it could be. Steps of
+64 features avoid it, but read three times as much from the second-level cache per tile, which limits Hopper sooner."""
 MOST_SECONDS = 30.0
 """Of compiling one cell; a sort written carelessly took minutes."""
 FAMILY = {8: "mma.sync", 9: "wgmma", 10: "tcgen05", 12: "mma.sync"}
@@ -112,9 +116,8 @@ def _stats_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int, *, a
         def launch(groups: Tensor | None = groups) -> object:
             return triton_stats.bank_stats(*_features(dtype, dim), _scale(), _indices(), groups, tile=tile, pair_tile=pair_tile, splits=2)
 
-        for again in (False, True) if all_variants else (False,):
-            variant = f"{'groups' if grouped else 'alone'}{', again' if again else ''}"
-            yield Cell(capability=capability, dtype=dtype, dim=dim, variant=variant, launch=launch, kernel="stats_kernel")
+        variant = "groups" if grouped else "alone"
+        yield Cell(capability=capability, dtype=dtype, dim=dim, variant=variant, launch=launch, kernel="stats_kernel")
 
 
 def _other_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> Iterator[Cell]:
@@ -129,7 +132,7 @@ def _other_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> I
 
 
 def recorded(cell: Cell) -> Launch:
-    """Run the cell's launcher and catch the launch it is about: the last one of its kernel, or the first of two."""
+    """Run the cell's launcher and catch the launch it is about; a second one of the same kernel is compiled alike."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, num_warps: int, num_stages: int = 3, **options: Any) -> None:
@@ -139,7 +142,7 @@ def recorded(cell: Cell) -> Launch:
 
     with mock.patch.object(JITFunction, "run", run):
         cell.launch()
-    return launches[-1 if cell.variant.endswith("again") else 0]
+    return launches[0]
 
 
 def _launch(kernel: JITFunction[Any], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int) -> Launch:
@@ -213,6 +216,7 @@ def broken_bars(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row; nothing if it may run."""
     capability = tuple(int(part) for part in row["name"].split()[0].split("."))
     wanted = "none" if "combine_kernel" in row["name"] else FAMILY[capability[0]]
+    most_redundancy = KNOWN_REDUNDANCY.get(" ".join(row["name"].split()[:2]), MOST_REDUNDANCY)
     limit = tiles.SHARED_MEMORY_KIB[capability[0], capability[1]] * 1024
     findings = {
         f"spills {row['stack_bytes']} + {row['local_bytes']} bytes": row["stack_bytes"] + row["local_bytes"] > 0,
@@ -221,7 +225,7 @@ def broken_bars(row: dict[str, Any]) -> list[str]:
         f"{row['registers']} registers for each of {row['warps']} warps": row["registers"] * 32 * row["warps"] > 65_536,
         f"tensor cores by {row['family']} instead of {wanted}": row["family"] != wanted,
         "no tensor-core instruction in the machine code": wanted != "none" and row["tensor_instructions"] == 0,
-        f"products computed {row['redundancy']:.2f} times": row["redundancy"] > MOST_REDUNDANCY,
+        f"products computed {row['redundancy']:.2f} times": row["redundancy"] > most_redundancy,
         f"compiled for {row['compile_s']} s": row["compile_s"] > MOST_SECONDS,
     }
     return [finding for finding, wrong in findings.items() if wrong]
@@ -277,11 +281,11 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "# Triton kernels, compiled",
         "",
         f"{len(rows)} cells, triton {triton.__version__}, by `python benchmarks/kernel_matrix.py`. Read from the compiled code; speed is",
-        "not measured. Compute capabilities below 8.0 run torch. No cell spills, and none computes a product twice. Tiles are rows x",
-        "columns x depth; tensor memory is in columns.",
+        "not measured. Compute capabilities below 8.0 run torch. No cell spills. Tiles are rows x columns x depth; tensor memory is",
+        "in columns; the last column says how often the worst product is computed.",
         "",
-        "| capability, kernel, variant, dtype, features | tile | slice | warps | registers | shared KiB | tensor memory | driven by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| capability, kernel, variant, dtype, features | tile | slice | warps | registers | shared KiB | tensor memory | driven by | times |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         tile = row["tile"]
@@ -295,6 +299,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['shared_bytes'] / 1024:.1f}",
             row["tensor_memory_columns"] or "",
             row["family"],
+            f"{row['redundancy']:g}",
         )
         lines.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(lines) + "\n"

@@ -2,8 +2,8 @@
 
 The bound is the slower of two: all products at the tensor cores' dense peak, or every input and output moved once at the
 memory's bandwidth (scores never leave the chip; that each bank tile is read once presumes that row blocks share it in the
-second-level cache). Real kernels stay above it; by how much on these GPUs was not measured. Products are those the tiles issue:
-slices that compute scores again and float32's three TF32 products are counted.
+second-level cache). Real kernels stay above it; by how much on these GPUs was not measured. Slices that
+compute scores again and float32's three TF32 products are counted; what warps of one block repeat is not.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def stats_tile(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) -> 
     """Tile of the counting pass of `bank_stats`."""
     if dtype == torch.float32:
         return Tile(rows=128, columns=64, depth=_depth(dim, 32), warps=8, stages=3)
-    columns = 64 if capability == (10, 0) else 128
+    narrow = capability == (10, 0) or (capability, dtype) == ((9, 0), torch.float16)  # twice the columns spill
+    columns = 64 if narrow else 128
     return Tile(rows=128, columns=columns, depth=_depth(dim, 64), warps=8, stages=3)
 
 
@@ -84,8 +85,8 @@ def topk_tile(*, dtype: torch.dtype, dim: int) -> Tile:
 
 
 def pair_tile(*, dtype: torch.dtype, dim: int) -> Tile:
-    """Tile of `pair_scores`."""
-    return Tile(rows=64, columns=64, depth=_depth(dim, 32 if dtype == torch.float32 else 64), warps=4, stages=3)
+    """Tile of `pair_scores`; with three stages two of its cells spill."""
+    return Tile(rows=64, columns=64, depth=_depth(dim, 32 if dtype == torch.float32 else 64), warps=4, stages=2)
 
 
 def split_bank(captions: int, *, columns: int, programs: int, processors: int) -> int:

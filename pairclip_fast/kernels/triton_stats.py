@@ -27,25 +27,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit(do_not_specialize=["batch", "captions", "tiles_per_split"])
 @no_type_check
 def stats_kernel(
-    emb, emb_stride, bank, bank_stride, scale, positive, guess, own, groups,
+    emb, emb_stride, bank, bank_stride, scale, positive, counted, own, groups,
     lse_out, best_out, greater_out, equal_out, batch, captions, tiles_per_split,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per split: log-partition, best positive seen, and the non-positives above and equal to `positive`.
 
-    The second pass differs from the first in one thing: `positive` is not `guess` in it, and programs all of whose rows
-    agree have nothing to correct.
+    `counted` is what an earlier pass counted against: rows where it is the same, or NaN, are settled.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     present = row < batch
     source = tl.minimum(row, batch - 1)
     target = tl.load(positive + source)
-    if guess is not None:
-        guessed = tl.load(guess + source)
-        # NaN differs from everything; its row is damaged whatever is counted.
-        if tl.max(((target != guessed) & (guessed == guessed)).to(tl.int32), 0) == 0:
-            return
+    before = tl.load(counted + source)
+    if tl.max(((target != before) & (before == before)).to(tl.int32), 0) == 0:
+        return
     owner = tl.load(own + source)
     scale2 = tl.load(scale).to(tl.float32) * LOG2E
     high = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -89,23 +86,22 @@ def bank_stats(
     own = targets.int() if labels is None else labels[targets]
     guess = pair_scores(emb, bank, targets[:, None], tile=pair_tile)[:, 0].contiguous()
     tiles, splits = tiles_per_split(captions, columns=tile.columns, splits=splits)
-    counts = torch.empty(2, splits, emb.shape[0], dtype=torch.int32, device=emb.device)
-    scores = torch.empty(2, splits, emb.shape[0], dtype=torch.float32, device=emb.device)
+    part_lse, part_best = (torch.empty(splits, emb.shape[0], dtype=torch.float32, device=emb.device) for _ in range(2))
+    part_greater, part_equal = (torch.empty(splits, emb.shape[0], dtype=torch.int32, device=emb.device) for _ in range(2))
 
-    def count(positive: Tensor, guess: Tensor | None) -> Tensor:
+    def count(positive: Tensor, counted: Tensor) -> None:
         stats_kernel[(triton.cdiv(emb.shape[0], tile.rows), splits)](
-            emb, emb.stride(0), bank, bank.stride(0), scale.float(), positive, guess, own, labels,
-            scores[0], scores[1], counts[0], counts[1], emb.shape[0], captions, tiles,
+            emb, emb.stride(0), bank, bank.stride(0), scale.float(), positive, counted, own, labels,
+            part_lse, part_best, part_greater, part_equal, emb.shape[0], captions, tiles,
             DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return torch.where(guess_is_nan, torch.nan, scores[1].amax(dim=0))
 
-    guess_is_nan = guess.isnan()
-    positive = count(guess, None)
-    positive = count(positive, guess)
-    lse = torch.logsumexp(scores[0], dim=0)
-    greater, equal = counts.sum(dim=1, dtype=torch.int32)
+    count(guess, torch.full_like(guess, torch.inf))  # nothing is settled yet
+    positive = torch.where(guess.isnan(), guess, part_best.amax(dim=0))
+    count(positive, guess)
+    lse = torch.logsumexp(part_lse, dim=0)
+    greater, equal = (part.sum(dim=0, dtype=torch.int32) for part in (part_greater, part_equal))
     damaged = lse.isnan()
     return lse, positive, torch.where(damaged, captions, greater), torch.where(damaged, 0, equal)
 

@@ -54,7 +54,8 @@ def test_a_good_row_passes() -> None:
         ({"registers": 200, "warps": 16}, "registers"),
         ({"family": "mma.sync"}, "instead of wgmma"),
         ({"tensor_instructions": 0}, "no tensor-core instruction"),  # a kernel that is only a trap
-        ({"redundancy": 1.5}, "computed 1.50 times"),
+        ({"redundancy": 2.5}, "computed 2.50 times"),
+        ({"name": "9.0 stats_kernel groups bf16 512", "redundancy": 1.5}, "computed 1.50 times"),
         ({"compile_s": 60.0}, "compiled for 60"),
         ({"name": "8.6 softmax_kernel tf32 fp32 512", "family": "mma.sync", "shared_bytes": 100 * 1024 + 1}, "shared memory"),
     ],

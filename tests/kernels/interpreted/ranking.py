@@ -47,24 +47,30 @@ def same_stats(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("batch", "captions", "kinds", "splits"),
-    [(1, 1, 1, 1), (15, 31, 5, 1), (16, 64, 64, 2), (17, 33, 8, 2), (65, 101, 20, 3), (5, 129, 1, 4)],
+    ("batch", "captions", "kinds", "splits", "dtypes"),
+    [
+        (1, 1, 1, 1, DTYPES),
+        (15, 31, 5, 1, DTYPES[:1]),
+        (16, 64, 64, 2, DTYPES[:1]),
+        (17, 33, 8, 2, DTYPES),
+        (64, 97, 20, 3, DTYPES[:1]),
+        (5, 129, 1, 4, DTYPES[:1]),
+    ],
 )
-def test_stats_equal_the_definition(batch: int, captions: int, kinds: int, splits: int, dtype: torch.dtype) -> None:
+def test_stats_equal_the_definition(batch: int, captions: int, kinds: int, splits: int, dtypes: list[torch.dtype]) -> None:
     emb, bank, groups = tied(batch, captions, kinds=kinds)
-    emb, bank = emb.to(dtype), bank.to(dtype)
     targets = torch.arange(batch) * 7 % captions
     for given_groups in (groups * 2**40, None):  # any numbers will do, also those that 32 bits do not hold
-        want = reference.bank_stats(emb.float(), bank.float(), SCALE, targets, given_groups)
-        assert same_stats(stats(emb, bank, targets, given_groups, splits), want)
+        want = reference.bank_stats(emb, bank, SCALE, targets, given_groups)
+        for dtype in dtypes:
+            assert same_stats(stats(emb.to(dtype), bank.to(dtype), targets, given_groups, splits), want), dtype
 
 
 def test_stats_on_ordinary_features() -> None:
-    emb, bank, targets = unit(20, 64), unit(301, 64, seed=1), torch.arange(20) * 3
-    got = stats(emb.float(), bank.float(), targets, torch.arange(301) // 3, 2)
-    want = reference.bank_stats(emb, bank, SCALE.double(), targets, torch.arange(301) // 3)
+    emb, bank, targets = unit(16, 64), unit(151, 64, seed=1), torch.arange(16) * 3
+    got = stats(emb.float(), bank.float(), targets, torch.arange(151) // 3, 2)
+    want = reference.bank_stats(emb, bank, SCALE.double(), targets, torch.arange(151) // 3)
     torch.testing.assert_close(got[0].double(), want[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=1e-6)
     assert torch.equal(got[2], want[2])
@@ -73,8 +79,8 @@ def test_stats_on_ordinary_features() -> None:
 
 def different_members() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Groups whose members differ, so the target's own score is not the best of its group and the guess is wrong."""
-    emb, bank, _ = tied(40, 90, seed=3)
-    return emb, bank, torch.arange(40) % 30, torch.arange(90) % 30
+    emb, bank, _ = tied(20, 90, seed=3)
+    return emb, bank, torch.arange(20), torch.arange(90) % 30
 
 
 def test_a_wrong_guess_costs_time_not_truth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +104,7 @@ def test_nan_is_the_worst_rank() -> None:
     assert got[3].tolist() == [0] * 20
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3))
 def test_stats_do_not_depend_on_the_order_of_captions(seed: int, batch: int, captions: int, splits: int) -> None:
     emb, bank, groups = tied(batch, captions, seed=seed, kinds=9)
@@ -134,12 +140,14 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("batch", "captions", "k", "processors"), [(17, 101, 1, 1), (16, 320, 5, 64), (33, 289, 7, 4), (3, 40, 40, 1)])
-def test_topk_is_a_stable_sort(lists: list[int], batch: int, captions: int, k: int, processors: int, dtype: torch.dtype) -> None:
-    emb, bank, _ = tied(batch, captions, kinds=100)
-    emb, bank = emb.to(dtype), bank.to(dtype)
-    assert same_topk(topk(emb, bank, k, processors=processors), emb, bank, k)
+@pytest.mark.parametrize(
+    ("batch", "captions", "k", "processors", "dtypes"),
+    [(17, 101, 1, 1, DTYPES), (16, 320, 5, 64, DTYPES[:1]), (33, 145, 4, 4, DTYPES[:1]), (3, 40, 40, 1, DTYPES[:1])],
+)
+def test_topk_is_a_stable_sort(lists: list[int], batch: int, captions: int, k: int, processors: int, dtypes: list[torch.dtype]) -> None:
+    for dtype in dtypes:
+        emb, bank = (features.to(dtype) for features in tied(batch, captions, kinds=100)[:2])
+        assert same_topk(topk(emb, bank, k, processors=processors), emb, bank, k), dtype
     assert lists == ([batch] if k == captions else [])
 
 
@@ -152,7 +160,7 @@ def test_topk_of_a_small_bank_sorts_rows() -> None:
 def test_topk_in_blocks_of_rows(lists: list[int], monkeypatch: pytest.MonkeyPatch, workspace: int) -> None:
     monkeypatch.setattr(triton_topk, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(triton_topk, "LARGEST_SAMPLE", 30)
-    emb, bank, _ = tied(35, 400)
+    emb, bank, _ = tied(17, 250)
     assert same_topk(topk(emb, bank, 2), emb, bank, 2)
 
 
@@ -194,7 +202,7 @@ def test_pairs_and_rows_have_the_same_bits(dtype: torch.dtype) -> None:
     want = emb.double() @ bank.double().T
     torch.testing.assert_close(rows.double(), want, rtol=0, atol=1e-6)
     assert torch.equal(triton_scores.row_scores(emb, bank, step=3, tile=TILE), rows[:, ::3])
-    indices = torch.randint(-1, 70, (17, 5), generator=torch.Generator().manual_seed(0))
+    indices = torch.randint(-1, 70, (17, 3), generator=torch.Generator().manual_seed(0))
     pairs = triton_scores.pair_scores(emb, bank, indices, tile=TILE)
     assert torch.equal(pairs.isneginf(), indices < 0)
     torch.testing.assert_close(pairs, rows.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf), rtol=0, atol=1e-7)
@@ -208,16 +216,15 @@ def test_no_rows_no_results() -> None:
 
 
 def test_the_order_of_programs_does_not_matter(lists: list[int], shuffled_programs: Callable[[int], None]) -> None:
-    emb, bank, groups = tied(33, 200, kinds=30)
-    targets = torch.arange(33)
+    emb, bank, groups = tied(17, 150, kinds=30)
+    targets = torch.arange(17)
 
     def everything() -> list[Tensor]:
-        return [*stats(emb, bank, targets, groups, 3), *topk(emb, bank, 4, processors=64)]
+        return [*stats(emb, bank, targets, groups, 2), *topk(emb, bank, 3, processors=64)]
 
     first = everything()
-    for seed in range(2):
-        shuffled_programs(seed)
-        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+    shuffled_programs(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
 
 
 def far_rows(path: Path) -> tuple[Tensor, Tensor]:
@@ -245,12 +252,12 @@ def test_offsets_have_64_bits(tmp_path: Path, mutated: Callable[[str, str, str],
         pytest.param("rival = inside & ~mine", "rival = inside", id="positives compete"),
         pytest.param("scores > target[:, None]", "scores >= target[:, None]", id="ties count as better"),
         pytest.param("scores == target[:, None]", "scores >= target[:, None]", id="better ones count as ties"),
-        pytest.param("positive = count(positive, guess)", "pass", id="a wrong guess is kept"),
+        pytest.param("count(positive, guess)", "pass", id="a wrong guess is kept"),
         pytest.param("if tl.max(((target", "if tl.min(((target", id="one right guess hides a wrong one"),
         pytest.param("total = total * tl.exp2(high - higher) +", "total = total +", id="the sum is not rescaled"),
         pytest.param('scores * scale2, float("-inf"))', "scores * scale2, 0.0)", id="padding has weight"),
-        pytest.param("counts.sum(dim=1", "counts[:, :1].sum(dim=1", id="counts of a split are lost"),
-        pytest.param("torch.logsumexp(scores[0], dim=0)", "scores[0].sum(dim=0)", id="log-partitions are added"),
+        pytest.param("part.sum(dim=0", "part[:1].sum(dim=0", id="counts of a split are lost"),
+        pytest.param("torch.logsumexp(part_lse, dim=0)", "part_lse.sum(dim=0)", id="log-partitions are added"),
         pytest.param("torch.where(damaged, captions, greater)", "greater", id="a NaN row ranks first"),
         pytest.param("if groups is not None else place", "if groups is None else place", id="groups are ignored"),
     ],
@@ -259,7 +266,7 @@ def test_offsets_have_64_bits(tmp_path: Path, mutated: Callable[[str, str, str],
 def test_broken_counting_is_caught(mutated: Callable[[str, str, str], ModuleType], old: str, new: str) -> None:
     module = mutated("triton_stats", old, new)
     emb, bank, targets, groups = different_members()
-    emb[0, 0] = torch.nan
+    emb[0, 0], emb[1] = torch.nan, 0.0  # a row of equal logits feels every column that does not belong
     for chosen in (groups, torch.arange(90)):
         want = reference.bank_stats(emb, bank, SCALE, targets, chosen)
         if not same_stats(stats(emb, bank, targets, chosen, 2, module), want):
@@ -284,11 +291,11 @@ def test_broken_counting_is_caught(mutated: Callable[[str, str, str], ModuleType
 def test_broken_lists_are_caught(mutated: Callable[[str, str, str], ModuleType], old: str, new: str) -> None:
     module = mutated("triton_topk", old, new)
     module.SMALL_BANK, module.SLACK = 0, 0  # type: ignore[attr-defined]
-    emb, bank, _ = tied(20, 300, dim=32)
+    emb, bank, _ = tied(20, 200, dim=32)
     emb[2], emb[4, 1] = 0.0, torch.nan
     wrong = not same_topk(topk(emb, bank, 3, processors=64, module=module), emb, bank, 3)
     module.sorted_rows = None  # the plain way would correct what a list got wrong; without it, only whole lists answer
-    emb, bank = unit(20, 32).float(), unit(300, 32, seed=1).float()
+    emb, bank = unit(20, 32).float(), unit(200, 32, seed=1).float()
     module.SLACK = 256  # type: ignore[attr-defined]
     try:
         assert wrong or not same_topk(topk(emb, bank, 3, processors=64, module=module), emb, bank, 3)

@@ -45,27 +45,27 @@ def excess(emb: Tensor, bank: Tensor, got: tuple[Tensor, Tensor], scale: Tensor 
     return float(lse_error.nan_to_num(nan=torch.inf)), float(((got[1].double() - mean).abs() - allowed).max().nan_to_num(nan=torch.inf))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("batch", "captions", "dim", "depth", "width", "splits"),
+    ("batch", "captions", "dim", "depth", "width", "splits", "dtypes"),
     [
-        (1, 1, 16, 16, 16, 1),  # the smallest there is
-        (15, 31, 64, 64, 64, 2),  # rows whole on chip
-        (16, 32, 64, 32, 64, 1),  # exactly one tile
-        (17, 33, 64, 16, 64, 2),  # one more of each
-        (64, 101, 48, 16, 64, 3),  # features are no power of two
-        (33, 128, 64, 32, 32, 4),  # two slices
-        (5, 131, 512, 64, 512, 4),
-        (9, 70, 768, 64, 512, 2),  # the second slice is half empty
+        (1, 1, 16, 16, 16, 1, DTYPES),  # the smallest there is
+        (15, 31, 64, 64, 64, 2, DTYPES),  # rows whole on chip
+        (16, 32, 64, 32, 64, 1, DTYPES[:1]),  # exactly one tile
+        (17, 33, 64, 16, 32, 2, DTYPES),  # one more of each; two slices
+        (64, 65, 48, 16, 64, 3, DTYPES[:1]),  # features are no power of two
+        (65, 97, 32, 32, 32, 4, DTYPES[:1]),
+        (5, 131, 512, 64, 512, 4, DTYPES[:1]),
+        (9, 70, 768, 64, 512, 2, DTYPES[1:2]),  # the second slice is half empty
     ],
 )
 def test_softmax_is_as_exact_as_plain_torch(
-    batch: int, captions: int, dim: int, depth: int, width: int, splits: int, dtype: torch.dtype
+    batch: int, captions: int, dim: int, depth: int, width: int, splits: int, dtypes: list[torch.dtype]
 ) -> None:
-    emb, bank = unit(batch, dim, dtype=dtype), unit(captions, dim, seed=1, dtype=dtype)
-    lse, mean = run(emb, bank, tiling(depth=depth, width=width), splits)
-    assert (lse.shape, mean.shape) == ((batch,), (batch, dim))
-    assert max(excess(emb, bank, (lse, mean))) <= 0.0
+    for dtype in dtypes:
+        emb, bank = unit(batch, dim, dtype=dtype), unit(captions, dim, seed=1, dtype=dtype)
+        lse, mean = run(emb, bank, tiling(depth=depth, width=width), splits)
+        assert (lse.shape, mean.shape) == ((batch,), (batch, dim))
+        assert max(excess(emb, bank, (lse, mean))) <= 0.0, dtype
 
 
 def far_from_zero(offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,11 +99,10 @@ def test_splits_agree_and_repeat_to_the_bit(shuffled_programs: Callable[[int], N
     emb, bank, tile = unit(17, 32), unit(100, 32, seed=1), tiling(depth=32, width=16)
     first = run(emb, bank, tile, 3)
     assert max(excess(emb, bank, first)) <= 0.0
-    for seed in range(2):
-        shuffled_programs(seed)
-        again = run(emb, bank, tile, 3)
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
+    shuffled_programs(0)
+    again = run(emb, bank, tile, 3)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
 
 
 @pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # numpy's, in the interpreter
@@ -152,9 +151,10 @@ def test_the_op_and_its_gradient(pretended_gpu: Callable[[tuple[int, int]], None
         pytest.param("row = tl.program_id(0) * ROWS", "row = tl.program_id(0) * (ROWS - 1)", id="blocks of rows overlap"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_broken_kernels_are_caught(mutated: Callable[[str, str, str], ModuleType], old: str, new: str) -> None:
     module = mutated("triton_softmax", old, new)
-    emb, bank = unit(17, 64), unit(101, 64, seed=1)
+    emb, bank = unit(17, 32), unit(70, 32, seed=1)
     far = far_from_zero(-3000.0)
-    caught = max(excess(emb, bank, run(emb, bank, tiling(depth=32, width=32), 2, module=module))) > 0.0
+    caught = max(excess(emb, bank, run(emb, bank, tiling(depth=16, width=16), 2, module=module))) > 0.0
     assert caught or not matches(run(*far[:2], tiling(depth=16, width=16), 1, far[2], module=module), *far)
