@@ -1,9 +1,9 @@
 """Augmentation version 1 in plain torch: the definition in code, and fast enough to train with.
 
-Per tile, in float and without rounding in between: rotate about the centre and shift (one bilinear sampling, taps outside
-contribute 0) -> saturation (luma .299 .587 .114) -> contrast about 128 -> brightness -> clip to [0, 255] -> horizontal
-flip -> (x - mean) / std. Each tile has its own parameters and its own border, so no tile bleeds into its neighbour and
-left never becomes right.
+Per tile, in float and without rounding in between: rotate about the centre and shift (one bilinear sampling; taps outside
+contribute 0, or are those of the tile mirrored about its edge pixels) -> saturation (luma .299 .587 .114) -> contrast about
+128 -> brightness -> clip to [0, 255] -> horizontal flip -> (x - mean) / std -> cutout (0). Each tile has its own parameters
+and its own border, so no tile bleeds into its neighbour and left never becomes right.
 
 Operations that the whole batch leaves out cost nothing. Without rotation the sampling is a copy of a window of the padded
 uint8 tile (13 times cheaper than `grid_sample`), and gives the same values. Everything is elementwise or a gather: no
@@ -13,55 +13,76 @@ matrix product, whose precision on CUDA is a global setting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from pairclip_fast.data.plan import Column
+from pairclip_fast.data.parameters import Column
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma."""
 CONTRAST_CENTRE = 128.0
 WHITE = 255.0
+Border = Literal["zero", "reflect"]
 
 
 def augment_tiles(
     tiles: UInt8[Tensor, "batch tiles height width 3"],
-    table: Float32[Tensor, "batch tiles 7"],
+    table: Float32[Tensor, "batch tiles 10"],
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    border: Border = "zero",
 ) -> Float32[Tensor, "batch 3 height stacked_width"]:
     """Augment and normalise tiles, and set the tiles of a sample side by side.
 
     Args:
         tiles: Pixels 0..255, on any device.
-        table: Parameters as in `plan.Column`, on the CPU (which operations run is decided from it, without a device sync).
+        table: Parameters as in `parameters.Column`, on the CPU (which operations run is decided from it, without a device sync).
         mean: Per channel, in units of 0..255.
         std: Per channel, in units of 0..255.
+        border: What rotation and shift show beyond the edge; see `AugmentConfig.border`.
 
     Returns:
         Normalised pictures, width = tiles * tile width.
     """
     pixels = tiles.flatten(0, 1).permute(0, 3, 1, 2)
     parameters = table.flatten(0, 1)
-    sampled = rotate_shift_flip(pixels, parameters) if bool(parameters[:, Column.ANGLE].any()) else shift_flip(pixels, parameters)
+    sample = rotate_shift_flip if bool(parameters[:, Column.ANGLE].any()) else shift_flip
+    sampled = sample(pixels, parameters, border=border)
     if not torch.equal(parameters[:, _COLOUR], torch.ones(len(parameters), len(_COLOUR))):
         sampled = recolour(sampled.float(), parameters)
     batch, num_tiles, height, width, channels = tiles.shape
     pictures = sampled.view(batch, num_tiles, channels, height, width).permute(0, 2, 3, 1, 4)
     joined = torch.empty(batch, channels, height, num_tiles * width, device=tiles.device)
     joined.view(pictures.shape).copy_(pictures)  # type conversion and transposition in one pass
-    return joined.sub_(_channels(mean, joined.device)).div_(_channels(std, joined.device))
+    joined.sub_(_channels(mean, joined.device)).div_(_channels(std, joined.device))
+    return cut_out(joined, table) if bool(table[..., Column.CUT_SIZE].any()) else joined
 
 
-def rotate_shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> Float32[Tensor, "n 3 height width"]:
-    """Sample each tile at R(angle) (destination - centre - shift) + centre, bilinearly, with 0 outside.
+def cut_out(
+    images: Float32[Tensor, "batch 3 height stacked_width"], table: Float32[Tensor, "batch tiles 10"]
+) -> Float32[Tensor, "batch 3 height stacked_width"]:
+    """Set the pixels of each tile's square to 0, the mean of the channel, in place."""
+    height, width = images.shape[2], images.shape[3] // table.shape[1]
+    x, y, size = (table[..., c, None].to(images.device, non_blocking=True) for c in (Column.CUT_X, Column.CUT_Y, Column.CUT_SIZE))
+    columns, rows = torch.arange(width, device=images.device) - x, torch.arange(height, device=images.device) - y
+    across, down = (columns >= 0) & (columns < size), (rows >= 0) & (rows < size)
+    inside = (down.mT[..., None] & across[:, None]).flatten(2)  # [batch, height, tiles * width]
+    return images.masked_fill_(inside[:, None], 0.0)
+
+
+def rotate_shift_flip(
+    pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 10"], *, border: Border = "zero"
+) -> Float32[Tensor, "n 3 height width"]:
+    """Sample each tile at R(angle) (destination - centre - shift) + centre, bilinearly.
 
     The flip belongs after the colour operations, which are per pixel, so it may be done here: a flipped destination is
-    one with its x, counted from the centre, negated. For sides that are a power of two a whole-pixel shift is exact.
+    one with its x, counted from the centre, negated. For sides that are a power of two a whole-pixel shift is exact with a
+    border of 0.
     """
     height, width = pixels.shape[2:]
     column = {c: parameters[:, c, None, None].to(pixels.device, non_blocking=True) for c in Column}
@@ -72,19 +93,27 @@ def rotate_shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Flo
     radians = torch.deg2rad(column[Column.ANGLE])
     cosine, sine = torch.cos(radians), torch.sin(radians)
     grid = torch.empty(len(pixels), height, width, 2, device=pixels.device)
-    # align_corners=False counts in pixel edges: -1 and 1 are the outer edges, and the centre of the tile is 0.
-    grid[..., 0] = (cosine * x - sine * y).mul_(2.0 / width)
-    grid[..., 1] = (sine * x + cosine * y).mul_(2.0 / height)
-    return functional.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid[..., 0], grid[..., 1] = cosine * x - sine * y, sine * x + cosine * y
+    if border == "zero":
+        # align_corners=False counts in pixel edges: -1 and 1 are the outer edges, and the centre of the tile is 0.
+        scale = torch.tensor((2.0 / width, 2.0 / height), device=pixels.device)
+        return functional.grid_sample(pixels.float(), grid.mul_(scale), mode="bilinear", padding_mode="zeros", align_corners=False)
+    # align_corners=True: -1 and 1 are the centres of the edge pixels. Torch mirrors there again and again, we once: 3 is one
+    # tile further, where the mirrored tile ends and its last pixel is repeated.
+    scale = torch.tensor([2.0 / max(side - 1, 1) for side in (width, height)], device=pixels.device)
+    grid = grid.mul_(scale).clamp_(-3.0, 3.0)
+    return functional.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=True)
 
 
-def shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> UInt8[Tensor, "n 3 height width"]:
-    """`rotate_shift_flip` for angles of 0: whole-pixel windows of the zero-padded tile, then the flip."""
+def shift_flip(
+    pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 10"], *, border: Border = "zero"
+) -> UInt8[Tensor, "n 3 height width"]:
+    """`rotate_shift_flip` for angles of 0: whole-pixel windows of the padded tile, then the flip."""
     height, width = pixels.shape[2:]
     shifts = parameters[:, [Column.SHIFT_X, Column.SHIFT_Y]].to(torch.int64)
     reach = int(shifts.abs().max()) if len(shifts) else 0
     if reach:
-        padded = functional.pad(pixels, (reach, reach, reach, reach))
+        padded = functional.pad(pixels, (reach, reach, reach, reach)) if border == "zero" else mirrored(pixels, reach=reach)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         first_column, first_row = (reach - shifts).to(pixels.device, non_blocking=True).unbind(1)
         pixels = windows[torch.arange(len(pixels), device=pixels.device), :, first_row, first_column]
@@ -92,7 +121,17 @@ def shift_flip(pixels: UInt8[Tensor, "n 3 height width"], parameters: Float32[Te
     return pixels.index_copy(0, flipped, pixels[flipped].flip(3)) if len(flipped) else pixels
 
 
-def recolour(pixels: Float32[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 7"]) -> Float32[Tensor, "n 3 height width"]:
+def mirrored(pixels: UInt8[Tensor, "n 3 height width"], *, reach: int) -> UInt8[Tensor, "n 3 padded_height padded_width"]:
+    """`reach` more pixels on every side, mirrored about the centre of the edge pixel (-1 is 1), once; beyond that repeated."""
+    for dimension in (2, 3):
+        last = pixels.shape[dimension] - 1
+        positions = torch.arange(-reach, last + 1 + reach, device=pixels.device)
+        once = torch.where(positions > last, 2 * last - positions, positions.abs()).clamp(0, last)
+        pixels = pixels.index_select(dimension, once)
+    return pixels
+
+
+def recolour(pixels: Float32[Tensor, "n 3 height width"], parameters: Float32[Tensor, "n 10"]) -> Float32[Tensor, "n 3 height width"]:
     """Saturation, contrast, brightness and clip.
 
     With s, c, b the three factors, b (128 + c (luma + s (x - luma) - 128)) is one affine map:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends.executor import Executor
-from pairclip_fast.data.plan import Plan, parameter_table
+from pairclip_fast.data.parameters import own_tiles, parameter_table
+from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
@@ -184,12 +185,14 @@ class PlannedLoader:
 
     def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """Runs in the thread of the prefetcher."""
-        tiles = self._reader.manifest.tiles
+        manifest = self._reader.manifest
+        tile_size = (manifest.tile_height, manifest.tile_width)
         for _ in range(self._plan.steps_from(cursor)):
             started = time.perf_counter()
             ids, valid = self._plan.ids_at(epoch, cursor=cursor)
-            table = parameter_table(ids, tiles=tiles, seed=self._plan.seed, epoch=epoch, augment=self._augment)
-            images = self._executor.fill(ids, table)
+            sources = own_tiles(ids, tiles=manifest.tiles)
+            table = parameter_table(ids, sources, tile_size=tile_size, seed=self._plan.seed, epoch=epoch, augment=self._augment)
+            images = self._executor.fill(sources, table)
             columns = (torch.from_numpy(column) for column in (self._reader.caption_ids[ids], ids, valid))
             if self._device.type == "cuda":  # pinned, or each copy would wait for the training step
                 columns = (column.pin_memory().to(self._device, non_blocking=True) for column in columns)
@@ -296,7 +299,7 @@ def _make_executor(
     if name == "reference":
         from pairclip_fast.data.backends.reference import ReferenceExecutor
 
-        return ReferenceExecutor(reader, device=device, events=events)
+        return ReferenceExecutor(reader, augment=augment, device=device, events=events)
     from pairclip_fast.data.backends.dali import DaliExecutor
 
     num_threads = min(MAX_DALI_THREADS, max(1, len(os.sched_getaffinity(0)) // plan.world_size))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import augment_tiles, rotate_shift_flip, shift_flip
-from pairclip_fast.data.plan import Column, identity_table, parameter_table
+from pairclip_fast.data.parameters import Column, identity_table, own_tiles, parameter_table
 
 MEAN = (125.0, 120.0, 110.0)
 STD = (60.0, 61.0, 65.0)
@@ -41,7 +41,7 @@ def sample_bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.nda
 
 def oracle_tile(tile: np.ndarray, row: np.ndarray, *, wrong: str = "") -> np.ndarray:
     """One tile [h, w, 3] through the specification, in units of 0..255; `wrong` names an error to make."""
-    angle, brightness, contrast, saturation, flip, shift_x, shift_y = (float(v) for v in row)
+    angle, brightness, contrast, saturation, flip, shift_x, shift_y = (float(v) for v in row[:7])
     picture = tile.astype(np.float64)
     height, width = picture.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
@@ -110,7 +110,9 @@ def random_case(
     config: AugmentConfig | None, *, batch: int = 8, tiles: int = 2, height: int = 32, width: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.random.default_rng(1).integers(0, 256, (batch, tiles, height, width, 3), dtype=np.uint8)
-    return pixels, parameter_table(np.arange(batch), tiles=tiles, seed=3, epoch=1, augment=config)
+    ids = np.arange(batch)
+    sources = own_tiles(ids, tiles=tiles)
+    return pixels, parameter_table(ids, sources, tile_size=(height, width), seed=3, epoch=1, augment=config)
 
 
 CONFIGS = {
@@ -178,7 +180,7 @@ def test_equals_the_oracle_for_any_parameters(
     seed: int, angle: float, brightness: float, contrast: float, saturation: float, flip: bool, shift: tuple[int, int]
 ) -> None:
     tiles = np.random.default_rng(seed).integers(0, 256, (1, 1, 16, 16, 3), dtype=np.uint8)
-    table = np.array([[[angle, brightness, contrast, saturation, flip, *shift]]], dtype=np.float32)
+    table = np.array([[[angle, brightness, contrast, saturation, flip, *shift, 0, 0, 0]]], dtype=np.float32)
     assert abs(run(tiles, table) - oracle(tiles, table)).max() < TOLERANCE
 
 

@@ -17,7 +17,7 @@ import torch
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.loader import make_loader
-from pairclip_fast.data.plan import Column, identity_table
+from pairclip_fast.data.parameters import Column, identity_table
 from pairclip_fast.errors import EnvironmentLackingError
 
 dali = pytest.importorskip("pairclip_fast.data.backends.dali")

@@ -30,7 +30,7 @@ from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import CONTRAST_CENTRE, LUMA, WHITE
 from pairclip_fast.data.backends.executor import sample_location
 from pairclip_fast.data.manifest import Manifest
-from pairclip_fast.data.plan import Column, changes_colour
+from pairclip_fast.data.parameters import Column, changes_colour, own_tiles
 from pairclip_fast.data.shards import ShardReader, decode_payload
 from pairclip_fast.errors import DataError, EnvironmentLackingError
 
@@ -90,9 +90,11 @@ class DaliExecutor:
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def fill(
-        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+        self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
         assert self._pipeline is not None, "fill after close"
+        ids = sources[:, 0] // self._spec.tiles
+        assert np.array_equal(sources, own_tiles(ids, tiles=self._spec.tiles)), "not yet"
         pixels = self._pixels(ids)
         try:
             (pictures,) = self._pipeline.run(pixels=pixels, **parameter_feed(self._spec, table))
@@ -186,7 +188,7 @@ def _parameter(name: str, *, ndim: int) -> Any:
     return fn.external_source(name=name, dtype=types.FLOAT, ndim=ndim)
 
 
-def parameter_feed(spec: GraphSpec, table: Float32[np.ndarray, "batch tiles 7"]) -> Feed:
+def parameter_feed(spec: GraphSpec, table: Float32[np.ndarray, "batch tiles 10"]) -> Feed:
     """A parameter table as the named inputs of `graph`."""
     augment, feed = spec.augment, Feed()
     for t in range(spec.tiles):
@@ -203,7 +205,7 @@ def parameter_feed(spec: GraphSpec, table: Float32[np.ndarray, "batch tiles 7"])
     return feed
 
 
-def source_matrix(parameters: Float32[np.ndarray, "batch 7"], *, height: int, width: int) -> Float32[np.ndarray, "batch 2 3"]:
+def source_matrix(parameters: Float32[np.ndarray, "batch 10"], *, height: int, width: int) -> Float32[np.ndarray, "batch 2 3"]:
     """Destination to source, R(angle) (destination - centre - shift) + centre, in corner coordinates (centre = side / 2)."""
     angle = np.deg2rad(parameters[:, Column.ANGLE].astype(np.float64))
     cosine, sine = np.cos(angle), np.sin(angle)
@@ -213,7 +215,7 @@ def source_matrix(parameters: Float32[np.ndarray, "batch 7"], *, height: int, wi
     return np.stack(rows, axis=1).reshape(-1, 2, 3).astype(np.float32)
 
 
-def colour_map(parameters: Float32[np.ndarray, "batch 7"]) -> tuple[Float32[np.ndarray, "batch 3 3"], Float32[np.ndarray, "batch 3"]]:
+def colour_map(parameters: Float32[np.ndarray, "batch 10"]) -> tuple[Float32[np.ndarray, "batch 3 3"], Float32[np.ndarray, "batch 3"]]:
     """Saturation, contrast and brightness as one affine map of an RGB pixel; see `augment.recolour` for the formula."""
     brightness, contrast, saturation = (
         parameters[:, c].astype(np.float64)[:, None, None] for c in (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION)

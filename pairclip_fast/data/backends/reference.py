@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.manifest import REBUILD
 from pairclip_fast.data.shards import ShardReader, decode_payload
@@ -29,21 +30,23 @@ class ReferenceExecutor:
 
     name = "reference"
 
-    def __init__(self, reader: ShardReader, *, device: torch.device, events: EventLog) -> None:
+    def __init__(self, reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, events: EventLog) -> None:
         self.bytes_read = 0
+        self._border = (augment or AugmentConfig()).border
         self._mean, self._std = reader.manifest.mean, reader.manifest.std
         self._tiles = self._read(reader, events).to(device)
 
     def fill(
-        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+        self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        tiles = self._tiles.index_select(0, torch.from_numpy(ids).to(self._tiles.device))
-        return augment_tiles(tiles, torch.from_numpy(table), mean=self._mean, std=self._std)
+        tiles = self._tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self._tiles.device))
+        tiles = tiles.view(*sources.shape, *tiles.shape[1:])
+        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self._mean, std=self._std)
 
     def close(self) -> None:
         self._tiles = self._tiles[:0].clone()
 
-    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "n tiles height width 3"]:
+    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources height width 3"]:
         manifest = reader.manifest
         tiles = np.empty((len(reader), *reader.tile_shape), dtype=np.uint8)
         position = 0
@@ -62,7 +65,7 @@ class ReferenceExecutor:
                 advance(1)
         if position != len(reader):
             raise DataError("samples are missing", where=reader.split, expected=len(reader), got=position, fix=REBUILD)
-        return torch.from_numpy(tiles)
+        return torch.from_numpy(tiles).flatten(0, 1)
 
 
 def _samples(reader: ShardReader) -> Generator[dict[str, Any], None, None]:
