@@ -46,9 +46,9 @@ class ReferenceExecutor:
     def close(self) -> None:
         self._tiles = self._tiles[:0].clone()
 
-    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources height width 3"]:
+    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources 3 height width"]:
         manifest = reader.manifest
-        tiles = np.empty((len(reader), *reader.tile_shape), dtype=np.uint8)
+        tiles = np.empty((len(reader), manifest.tiles, 3, manifest.tile_height, manifest.tile_width), dtype=np.uint8)
         position = 0
         progress = events.progress(f"reading {reader.split}", len(reader), unit="pairs")
         with contextlib.closing(_samples(reader)) as samples, progress as advance:
@@ -59,7 +59,7 @@ class ReferenceExecutor:
                     got = ", ".join(key for key in sample if not key.startswith("__"))
                     raise DataError("a shard does not match the manifest", where=where, expected=expected, got=got, fix=REBUILD)
                 payload = sample[manifest.extension]
-                tiles[position] = decode_payload(memoryview(payload), manifest, where=where)
+                tiles[position] = decode_payload(memoryview(payload), manifest, where=where).transpose(0, 3, 1, 2)
                 self.bytes_read += len(payload)
                 position += 1
                 advance(1)
