@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.backends.executor import Executor
+from pairclip_fast.data.backends.executor import DrawingExecutor, Executor
 from pairclip_fast.data.mixing import blend
+from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.recipe import Recipe
@@ -203,9 +204,9 @@ class PlannedLoader:
         for _ in range(self._plan.steps_from(cursor)):
             started = time.perf_counter()
             ids, valid = self._plan.ids_at(epoch, cursor=cursor)
-            rows = self._recipe.rows(ids, epoch=epoch)
-            images = self._executor.fill(rows.sources, rows.table)
-            columns = {"caption_ids": rows.caption_ids, "sample_ids": ids, "valid": valid}
+            draw, caption_ids = self._recipe.draw(ids, epoch=epoch)
+            images = self._fill(draw)
+            columns = {"caption_ids": caption_ids, "sample_ids": ids, "valid": valid}
             if self._recipe.augment.mix != "none":
                 columns |= self._mix(images, ids, epoch=epoch, cursor=cursor)
             tensors = {name: self._to_device(column) for name, column in columns.items()}
@@ -214,20 +215,24 @@ class PlannedLoader:
             yield Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
             cursor += self._plan.batch_size
 
+    def _fill(self, draw: Draw) -> Tensor:
+        executor = self._executor
+        return executor.fill_drawn(draw) if isinstance(executor, DrawingExecutor) else executor.fill(draw.sources, draw.table())
+
     def _mix(self, images: Tensor, ids: Ints, *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
         """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled."""
         recipe = self._recipe
         mixture = recipe.mixture(ids, epoch=epoch)
-        partners = recipe.rows(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
+        partners, caption_ids = recipe.draw(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
         mixed = np.flatnonzero(mixture.weight < 1.0)
         if len(mixed):
-            others = self._executor.fill(partners.sources[mixed], partners.table[mixed])
+            others = self._fill(partners.rows(mixed))
             chosen = torch.from_numpy(mixed).to(images.device)
             part = images if len(mixed) == len(images) else images[chosen]
             part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])
             if part is not images:
                 images[chosen] = part
-        return {"partner_caption_ids": partners.caption_ids, "mix_weight": mixture.weight}
+        return {"partner_caption_ids": caption_ids, "mix_weight": mixture.weight}
 
     def _to_device(self, column: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(column)
@@ -329,6 +334,10 @@ def dali_installed() -> bool:
 def _make_executor(
     name: str, reader: ShardReader, *, plan: Plan, augment: AugmentConfig | None, device: torch.device, events: EventLog
 ) -> Executor:
+    if name == "reference" and device.type == "cuda":
+        from pairclip_fast.data.backends.resident import resident_executor
+
+        return resident_executor(reader, augment=augment, device=device, events=events)
     if name == "reference":
         from pairclip_fast.data.backends.reference import ReferenceExecutor
 

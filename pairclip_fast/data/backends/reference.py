@@ -1,8 +1,8 @@
 """The reference backend: webdataset reads the shards, Pillow decodes them, `data.augment` does the rest.
 
 It is the oracle of the other backends and needs nothing but torch. All pixels stay in memory as uint8 (6 kB per pair of
-32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and so does
-the augmentation.
+32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and
+`resident` puts one kernel in the place of the augmentation.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ class ReferenceExecutor:
     def __init__(self, reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, events: EventLog) -> None:
         self.bytes_read = 0
         self._border = (augment or AugmentConfig()).border
-        self._mean, self._std = reader.manifest.mean, reader.manifest.std
-        self._tiles = self._read(reader, events).to(device)
+        self.mean, self.std = reader.manifest.mean, reader.manifest.std
+        self.tiles = self._read(reader, events).to(device)
+        """uint8 [sources, 3, height, width]: planes, so that rows of pixels are copied and not single bytes."""
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        tiles = self._tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self._tiles.device))
+        tiles = self.tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self.tiles.device))
         tiles = tiles.view(*sources.shape, *tiles.shape[1:])
-        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self._mean, std=self._std)
+        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self.mean, std=self.std)
 
     def close(self) -> None:
-        self._tiles = self._tiles[:0].clone()
+        self.tiles = self.tiles[:0].clone()
 
     def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources 3 height width"]:
         manifest = reader.manifest
