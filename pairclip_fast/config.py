@@ -138,7 +138,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """Ranges of the per-tile random parameters; zero switches an operation off."""
+    """What happens to the training pictures at random; zero, `fixed` or `none` switches an operation off, and then it costs nothing."""
 
     rotate_degrees: float = 0.0
     """Angle drawn from [-x, x], counter-clockwise positive."""
@@ -150,15 +150,35 @@ class AugmentConfig:
     """Factor drawn from [1 - x, 1 + x]."""
     flip_probability: float = 0.0
     """Probability of a horizontal flip of a tile."""
+    alternating_flip: bool = False
+    """Flip each photo in every other epoch instead of at random (half of the photos begin); flip_probability must be 0.5."""
     shift_pixels: int = 0
-    """Whole-pixel shifts drawn from -x..x for each axis; uncovered pixels are 0."""
+    """Whole-pixel shifts drawn from -x..x for each axis."""
+    border: Literal["zero", "reflect"] = "zero"
+    """What shift and rotation show beyond the edge of a tile: black, or the tile mirrored about its edge pixels."""
+    cutout_size: int = 0
+    """Side of a square at a random place of each tile that becomes the mean colour; it may hang over the edge."""
+    swap_probability: float = 0.0
+    """Probability that the tiles of a pair change places, and their names in the caption with them."""
+    pairing: Literal["fixed", "resampled"] = "fixed"
+    """`fixed`: the pairs as they were sharded; `resampled`: each epoch gives every left photo a new right one, and the caption to it."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Mix each pair with another pair and aim at both captions: a weighted sum of the pictures, or a box of one in the other."""
+    mix_alpha: float = 1.0
+    """The weight of a mixture is drawn from Beta(x, x); 1 is uniform, small values mix little."""
+    mix_probability: float = 1.0
+    """Share of the pairs that are mixed."""
 
     def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation", "flip_probability"):
+        for name in ("brightness", "contrast", "saturation", "flip_probability", "swap_probability", "mix_probability"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"augment.{name}", "in [0, 1]", value)
         require(0.0 <= self.rotate_degrees <= 180.0, "augment.rotate_degrees", "in [0, 180]", self.rotate_degrees)
         require(0 <= self.shift_pixels <= 16, "augment.shift_pixels", "in 0..16", self.shift_pixels)
+        require(0 <= self.cutout_size <= 4096, "augment.cutout_size", "in 0..4096", self.cutout_size)
+        require(0.05 <= self.mix_alpha <= 100.0, "augment.mix_alpha", "in [0.05, 100]", self.mix_alpha)
+        if self.alternating_flip:
+            require(self.flip_probability == 0.5, "augment.flip_probability", "0.5 with augment.alternating_flip", self.flip_probability)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,6 +286,7 @@ class RunConfig:
             f"at most train.epochs ({self.train.epochs})",
             self.optimizer.warmup_epochs,
         )
+        require(self.augment.mix == "none" or self.loss.kind == "bank", "augment.mix", "none with loss.kind = infonce", self.augment.mix)
 
 
 def preset_names() -> list[str]:

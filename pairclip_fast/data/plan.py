@@ -1,9 +1,9 @@
-"""Which sample comes when, and with which augmentation: pure functions of (seed, epoch, sample, tile).
+"""Which sample comes when: a pure function of (seed, epoch).
 
-No backend owns randomness. The plan says the order and the parameter table says what happens to each tile; backends only
-execute. Hence the stream is the same for every backend, batch size, world size and prefetch depth, and the whole state of
-a loader is a position. The order of an epoch is decided globally: ranks read slices of it, so it does not change with
-their number.
+No backend owns randomness. The plan says the order, `composition` what a sample consists of and `parameters` what happens
+to each of its tiles; backends only execute. Hence the stream is the same for every backend, batch size, world size and
+prefetch depth, and the whole state of a loader is a position. The order of an epoch is decided globally: ranks read
+slices of it, so it does not change with their number.
 
 Counters of the Philox blocks are (epoch, sample id, tile, stream) under the key `seed`; the streams are below.
 """
@@ -17,8 +17,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.philox import bounded, philox4x32, seed_key, unit_interval
+from pairclip_fast.data.philox import philox4x32, seed_key
 from pairclip_fast.errors import ConfigError
 
 
@@ -30,22 +29,18 @@ class Stream(IntEnum):
     """Words: angle, brightness, contrast, saturation."""
     GEOMETRY = 2
     """Words: flip, shift x, shift y, unused."""
-
-
-class Column(IntEnum):
-    """Columns of a parameter table."""
-
-    ANGLE = 0
-    """Degrees, counter-clockwise positive."""
-    BRIGHTNESS = 1
-    CONTRAST = 2
-    SATURATION = 3
-    FLIP = 4
-    """1 for a horizontal flip, else 0."""
-    SHIFT_X = 5
-    """Whole pixels the picture moves to the right."""
-    SHIFT_Y = 6
-    """Whole pixels the picture moves down."""
+    CUTOUT = 3
+    """Words: x, y of the square's centre."""
+    FLIP_PHASE = 4
+    """Words: whether a tile is flipped in even or odd epochs."""
+    PAIRING = 5
+    """Words: sort key of the permutation of a tile's images."""
+    SWAP = 6
+    """Words: whether the tiles of a sample change places."""
+    MIX = 7
+    """Words: whether, two for the weight, unused; then the box in MIX_BOX."""
+    MIX_BOX = 8
+    """Words: x, y of the box's centre."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +104,12 @@ class Plan:
         positions = np.arange(first, first + self.local_batch_size)
         return self.order(epoch)[positions % self.num_samples], positions < self.num_samples
 
+    def partners_at(self, epoch: int, *, cursor: int) -> NDArray[np.int64]:
+        """For each of `ids_at` the sample it is mixed with: the one half an epoch further on, so each is a partner once."""
+        first = cursor + self.rank * self.local_batch_size
+        positions = np.arange(first, first + self.local_batch_size) + self.num_samples // 2
+        return self.order(epoch)[positions % self.num_samples]
+
     def valid_at(self, cursor: int) -> int:
         """Samples of this rank, without padding, in the step that starts at `cursor`."""
         first = cursor + self.rank * self.local_batch_size
@@ -125,68 +126,25 @@ class Plan:
 
 @functools.lru_cache(maxsize=4)
 def _order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:  # noqa: FBT001 - a cache key
-    """Sort the ids by a 64-bit random key each: a permutation whatever the keys, ties (p < N^2 / 2^65) broken by id."""
     ids = np.arange(num_samples, dtype=np.int64)
     if shuffle:
-        words = philox4x32(counters(epoch, ids, tile=0, stream=Stream.ORDER), key=seed_key(seed)).astype(np.uint64)
-        ids = np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+        ids = keyed_permutation(num_samples, seed=seed, epoch=epoch, tile=0, stream=Stream.ORDER)
     ids.setflags(write=False)
     return ids
 
 
-def counters(epoch: int, ids: NDArray[np.int64], *, tile: NDArray[np.int64] | int, stream: Stream) -> NDArray[np.uint32]:
+def keyed_permutation(count: int, *, seed: int, epoch: int, tile: int, stream: Stream) -> NDArray[np.int64]:
+    """0..count-1 sorted by a 64-bit random key each: a permutation whatever the keys, ties (p < count^2 / 2^65) broken by number."""
+    words = philox4x32(counters(epoch, np.arange(count), tile=tile, stream=stream), key=seed_key(seed)).astype(np.uint64)
+    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+
+
+def counters(epoch: int, ids: NDArray[np.int64], *, tile: NDArray[np.int64] | int, stream: int) -> NDArray[np.uint32]:
     """Philox counters (epoch, id, tile, stream), uint32 [..., 4] over the broadcast of `ids` and `tile`."""
     shape = np.broadcast_shapes(np.shape(ids), np.shape(tile))
     block = np.empty((*shape, 4), dtype=np.uint32)
-    block[..., 0], block[..., 1], block[..., 2], block[..., 3] = epoch, ids, tile, int(stream)
+    block[..., 0], block[..., 1], block[..., 2], block[..., 3] = epoch, ids, tile, stream
     return block
-
-
-def identity_table(num_samples: int, *, tiles: int) -> NDArray[np.float32]:
-    """The parameter table that changes nothing, float32 [num_samples, tiles, 7]."""
-    table = np.zeros((num_samples, tiles, len(Column)), dtype=np.float32)
-    table[..., [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1.0
-    return table
-
-
-def parameter_table(ids: NDArray[np.int64], *, tiles: int, seed: int, epoch: int, augment: AugmentConfig | None) -> NDArray[np.float32]:
-    """What happens to each tile of each sample in `epoch`.
-
-    A value is `centre + range * (2 u - 1)` for the scaled columns, with u of 24 bits, evaluated in float64 and rounded once
-    to float32; integer columns come from integer arithmetic. A row depends on nothing but (seed, epoch, id, tile, augment).
-
-    Args:
-        ids: int64 [batch], sample ids.
-        tiles: Tiles per sample.
-        seed: Key, in 0..2**63-1.
-        epoch: Epoch number.
-        augment: Ranges; None for the identity.
-
-    Returns:
-        float32 [batch, tiles, 7], columns as in `Column`.
-    """
-    table = identity_table(len(ids), tiles=tiles)
-    if augment is None:
-        return table
-    tile, key = np.arange(tiles), seed_key(seed)
-    if changes_colour(augment) or augment.rotate_degrees:
-        words = philox4x32(counters(epoch, ids[:, None], tile=tile, stream=Stream.COLOUR), key=key)
-        signed = 2.0 * unit_interval(words) - 1.0
-        table[..., Column.ANGLE] = augment.rotate_degrees * signed[..., 0]
-        table[..., Column.BRIGHTNESS] = 1.0 + augment.brightness * signed[..., 1]
-        table[..., Column.CONTRAST] = 1.0 + augment.contrast * signed[..., 2]
-        table[..., Column.SATURATION] = 1.0 + augment.saturation * signed[..., 3]
-    if augment.flip_probability or augment.shift_pixels:
-        words = philox4x32(counters(epoch, ids[:, None], tile=tile, stream=Stream.GEOMETRY), key=key)
-        table[..., Column.FLIP] = unit_interval(words[..., 0]) < augment.flip_probability
-        shifts = bounded(words[..., 1:3], count=2 * augment.shift_pixels + 1) - augment.shift_pixels
-        table[..., Column.SHIFT_X], table[..., Column.SHIFT_Y] = shifts[..., 0], shifts[..., 1]
-    return table
-
-
-def changes_colour(augment: AugmentConfig | None) -> bool:
-    """Whether any colour operation is switched on."""
-    return augment is not None and bool(augment.brightness or augment.contrast or augment.saturation)
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:  # noqa: FBT001 - reads as an assertion

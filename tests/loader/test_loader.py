@@ -19,7 +19,8 @@ import torch
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import loader as loader_module
 from pairclip_fast.data.loader import Batch, Loader, choose_backend, make_loader
-from pairclip_fast.data.plan import Plan, parameter_table
+from pairclip_fast.data.parameters import own_tiles, parameter_table
+from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
@@ -186,8 +187,11 @@ def test_any_number_and_size_of_tiles(
     loader = open_loader(backend, folder=make_folder(pixels, encoding="png"), batch_size=4)
     for batch in loader:
         ids = batch.sample_ids.numpy()
-        table = torch.from_numpy(parameter_table(ids, tiles=tiles, seed=5, epoch=0, augment=FULL))
-        expected = augment_tiles(torch.from_numpy(pixels[ids]), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0))
+        sources = own_tiles(ids, tiles=tiles)
+        table = torch.from_numpy(parameter_table(ids, sources, tile_size=(height, width), seed=5, epoch=0, augment=FULL))
+        expected = augment_tiles(
+            torch.from_numpy(pixels[ids]).permute(0, 1, 4, 2, 3), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0)
+        )
         assert ((batch.images - expected).abs() * STD).max() < 0.05
 
 
@@ -390,7 +394,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(open_loader: Open, monkeypa
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("of the thread")
 
-    monkeypatch.setattr(loader_module, "parameter_table", fail)
+    monkeypatch.setattr("pairclip_fast.data.parameters.parameter_table", fail)
     with pytest.raises(ArithmeticError, match="of the thread"):
         list(iterator)
 

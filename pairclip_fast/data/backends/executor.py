@@ -1,5 +1,8 @@
-"""What a loader backend has to do: turn ids and a parameter table into pictures. Order, randomness, prefetch, state and
-statistics are the loader's, so they cannot differ between backends.
+"""What a loader backend has to do: turn sources and a parameter table into pictures. Order, randomness, pairing, mixing,
+prefetch, state and statistics are the loader's, so they cannot differ between backends.
+
+A source is a tile of the split: `sample_id * tiles + tile`. Pairs that are drawn anew, tiles that changed places and
+partners of mixtures are just other sources; a backend knows nothing of them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.shards import ShardReader
 
 
@@ -22,9 +26,11 @@ class Executor(Protocol):
     """Payload bytes taken from the shards so far."""
 
     def fill(
-        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+        self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        """The augmented, normalised pictures of `ids`, on the loader's device; the memory is the caller's from then on.
+        """Rows of augmented, normalised tiles side by side, on the loader's device; the memory is the caller's from then on.
+
+        At most the loader's batch size of rows; the parameters are as in `parameters.Column`.
 
         Raises:
             DataError: a sample cannot be decoded; names its shard and key.
@@ -32,6 +38,14 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give threads and files back. Safe to call twice."""
+
+
+@runtime_checkable
+class DrawingExecutor(Executor, Protocol):
+    """A backend that computes the parameters itself, beside the pixels; they equal the table."""
+
+    def fill_drawn(self, draw: Draw) -> Float32[Tensor, "batch 3 height width"]:
+        """As `fill` with `draw.sources` and `draw.table()`."""
 
 
 def sample_location(reader: ShardReader, sample_id: int) -> str:

@@ -1,8 +1,8 @@
 """The reference backend: webdataset reads the shards, Pillow decodes them, `data.augment` does the rest.
 
 It is the oracle of the other backends and needs nothing but torch. All pixels stay in memory as uint8 (6 kB per pair of
-32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and so does
-the augmentation.
+32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and
+`resident` puts one kernel in the place of the augmentation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.manifest import REBUILD
 from pairclip_fast.data.shards import ShardReader, decode_payload
@@ -29,23 +30,26 @@ class ReferenceExecutor:
 
     name = "reference"
 
-    def __init__(self, reader: ShardReader, *, device: torch.device, events: EventLog) -> None:
+    def __init__(self, reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, events: EventLog) -> None:
         self.bytes_read = 0
-        self._mean, self._std = reader.manifest.mean, reader.manifest.std
-        self._tiles = self._read(reader, events).to(device)
+        self._border = (augment or AugmentConfig()).border
+        self.mean, self.std = reader.manifest.mean, reader.manifest.std
+        self.tiles = self._read(reader, events).to(device)
+        """uint8 [sources, 3, height, width]: planes, so that rows of pixels are copied and not single bytes."""
 
     def fill(
-        self, ids: Int64[np.ndarray, " batch"], table: Float32[np.ndarray, "batch tiles 7"]
+        self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        tiles = self._tiles.index_select(0, torch.from_numpy(ids).to(self._tiles.device))
-        return augment_tiles(tiles, torch.from_numpy(table), mean=self._mean, std=self._std)
+        tiles = self.tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self.tiles.device))
+        tiles = tiles.view(*sources.shape, *tiles.shape[1:])
+        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self.mean, std=self.std)
 
     def close(self) -> None:
-        self._tiles = self._tiles[:0].clone()
+        self.tiles = self.tiles[:0].clone()
 
-    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "n tiles height width 3"]:
+    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources 3 height width"]:
         manifest = reader.manifest
-        tiles = np.empty((len(reader), *reader.tile_shape), dtype=np.uint8)
+        tiles = np.empty((len(reader), manifest.tiles, 3, manifest.tile_height, manifest.tile_width), dtype=np.uint8)
         position = 0
         progress = events.progress(f"reading {reader.split}", len(reader), unit="pairs")
         with contextlib.closing(_samples(reader)) as samples, progress as advance:
@@ -56,13 +60,13 @@ class ReferenceExecutor:
                     got = ", ".join(key for key in sample if not key.startswith("__"))
                     raise DataError("a shard does not match the manifest", where=where, expected=expected, got=got, fix=REBUILD)
                 payload = sample[manifest.extension]
-                tiles[position] = decode_payload(memoryview(payload), manifest, where=where)
+                tiles[position] = decode_payload(memoryview(payload), manifest, where=where).transpose(0, 3, 1, 2)
                 self.bytes_read += len(payload)
                 position += 1
                 advance(1)
         if position != len(reader):
             raise DataError("samples are missing", where=reader.split, expected=len(reader), got=position, fix=REBUILD)
-        return torch.from_numpy(tiles)
+        return torch.from_numpy(tiles).flatten(0, 1)
 
 
 def _samples(reader: ShardReader) -> Generator[dict[str, Any], None, None]:
