@@ -140,12 +140,18 @@ def test_a_bad_index_of_a_changed_shard_is_refused(data_copy: Copy) -> None:
     damaged[700] ^= 1
     path.write_bytes(damaged)
     (folder / "train" / "000001.idx").unlink()
+    with ShardReader(folder, "train") as reader, pytest.raises(DataError, match="neither the shard nor its index"):
+        _ = reader.spans
+    (folder / "train" / "000001.records").unlink()
     with pytest.raises(DataError, match="neither the shard nor its index"):
         ShardReader(folder, "train")
 
 
 def rewrite_shard(folder: Path, split: str, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
-    """Change members of shard 0 and make tar, index and manifest agree again: the work of somebody who means it."""
+    """Change members of shard 0 and make tar, index and manifest agree again: the work of somebody who means it.
+
+    The record index goes, as in a folder of an earlier version.
+    """
     path = folder / split / "000000.tar"
     data = path.read_bytes()
     found = {m.name: data[m.offset : m.offset + m.size] for m in read_members(memoryview(data), where="x", max_members=999)}
@@ -154,6 +160,7 @@ def rewrite_shard(folder: Path, split: str, change: Callable[[dict[str, bytes]],
     index = index_text([members[start : start + 3] for start in range(0, len(members), 3)])
     path.write_bytes(archive)
     path.with_suffix(".idx").write_bytes(index)
+    path.with_suffix(".records").unlink(missing_ok=True)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["splits"][split]["shards"][0] |= {
         "bytes": len(archive),
