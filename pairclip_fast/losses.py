@@ -76,6 +76,9 @@ class ContrastiveLoss(nn.Module):
         image_features: Float[Tensor, "batch dim"],
         caption_ids: Int[Tensor, " batch"],
         valid: Bool[Tensor, " batch"] | None = None,
+        *,
+        partner_caption_ids: Int[Tensor, " batch"] | None = None,
+        mix_weight: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
         """Mean loss over the valid rows (0 if there are none).
 
@@ -83,7 +86,10 @@ class ContrastiveLoss(nn.Module):
             image_features: L2-normalised features.
             caption_ids: The true caption of each row.
             valid: Rows that count; padding rows are neither positives nor negatives of anything.
+            partner_caption_ids: The second caption of each row, for mixtures (bank loss only); None for none.
+            mix_weight: Share of the first caption in the target, in [0, 1]; the rest is the second one's.
         """
+        assert partner_caption_ids is None or self.config.kind == "bank", "the configuration rules this out"
         if valid is None:
             valid = torch.ones_like(caption_ids, dtype=torch.bool)
         # Padding may hold anything, and 0 * NaN is NaN in a gradient: it must not enter the arithmetic at all.
@@ -91,16 +97,20 @@ class ContrastiveLoss(nn.Module):
         caption_ids = torch.where(valid, caption_ids, 0)
         with torch.autocast(image_features.device.type, enabled=False):
             if self.config.kind == "bank":
-                rows = self._bank_rows(image_features, caption_ids)
+                target = self.targets(caption_ids)
+                if partner_caption_ids is not None and mix_weight is not None:
+                    partners = self.targets(torch.where(valid, partner_caption_ids, 0))
+                    target = torch.lerp(partners, target, mix_weight[:, None].to(target.dtype))
+                rows = self._bank_rows(image_features, target)
             else:
                 rows = self._infonce_rows(image_features, caption_ids, valid)
         return torch.where(valid, rows, 0.0).sum() / valid.sum().clamp(min=1)
 
-    def _bank_rows(self, image_features: Tensor, caption_ids: Tensor) -> Tensor:
+    def _bank_rows(self, image_features: Tensor, target: Tensor) -> Tensor:
         """`-sum_j w_j log p_j = lse - scale e.t` with `t = sum_j w_j c_j`: soft targets cost one vector per row."""
         scale = self.scale
         lse, _ = ops.bank_softmax(image_features, self.bank, scale)
-        target, smoothing = self.targets(caption_ids), self.config.label_smoothing
+        smoothing = self.config.label_smoothing
         if smoothing:
             target = torch.lerp(target, self._bank_mean.expand_as(target), smoothing)
         return lse - scale * (image_features * target).sum(dim=1)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Num, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +27,7 @@ LUMA = (0.299, 0.587, 0.114)
 CONTRAST_CENTRE = 128.0
 WHITE = 255.0
 Border = Literal["zero", "reflect"]
+Box = Num[Tensor, "batch tiles"]
 
 
 def augment_tiles(
@@ -67,12 +68,17 @@ def cut_out(
     images: Float32[Tensor, "batch 3 height stacked_width"], table: Float32[Tensor, "batch tiles 10"]
 ) -> Float32[Tensor, "batch 3 height stacked_width"]:
     """Set the pixels of each tile's square to 0, the mean of the channel, in place."""
-    height, width = images.shape[2], images.shape[3] // table.shape[1]
-    x, y, size = (table[..., c, None].to(images.device, non_blocking=True) for c in (Column.CUT_X, Column.CUT_Y, Column.CUT_SIZE))
-    columns, rows = torch.arange(width, device=images.device) - x, torch.arange(height, device=images.device) - y
-    across, down = (columns >= 0) & (columns < size), (rows >= 0) & (rows < size)
-    inside = (down.mT[..., None] & across[:, None]).flatten(2)  # [batch, height, tiles * width]
-    return images.masked_fill_(inside[:, None], 0.0)
+    x, y, size = (table[..., c].to(images.device, non_blocking=True) for c in (Column.CUT_X, Column.CUT_Y, Column.CUT_SIZE))
+    inside = box_mask(x, x + size, y, y + size, height=images.shape[2], width=images.shape[3] // table.shape[1])
+    return images.masked_fill_(inside, 0.0)
+
+
+def box_mask(x0: Box, x1: Box, y0: Box, y1: Box, *, height: int, width: int) -> Bool[Tensor, "batch 1 height stacked_width"]:
+    """Which pixels of stacked tiles of `height` x `width` lie in their tile's box x0 <= x < x1, y0 <= y < y1."""
+    columns, rows = torch.arange(width, device=x0.device), torch.arange(height, device=x0.device)
+    across = (columns >= x0[..., None]) & (columns < x1[..., None])
+    down = (rows >= y0[..., None]) & (rows < y1[..., None])
+    return (down.mT[..., None] & across[:, None]).flatten(2)[:, None]
 
 
 def rotate_shift_flip(

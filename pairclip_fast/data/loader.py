@@ -13,23 +13,27 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends.executor import Executor
-from pairclip_fast.data.parameters import own_tiles, parameter_table
+from pairclip_fast.data.mixing import blend
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
+from pairclip_fast.data.recipe import Recipe
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
 
+Ints = NDArray[np.int64]
 STATE_VERSION = 1
 PREFETCH_BATCHES = 2
 BACKENDS = ("auto", "native", "dali", "reference")
@@ -49,6 +53,16 @@ class Batch:
     epoch: int
     step: int
     """Step within the epoch."""
+    partner_caption_ids: Int64[Tensor, " batch"] | None = None
+    """Caption of the sample mixed into each one; None if nothing is mixed."""
+    mix_weight: Float32[Tensor, " batch"] | None = None
+    """Share of the own picture and caption, in [0, 1]; the rest is the partner's."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch with `change` applied to each tensor."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -104,6 +118,7 @@ class PlannedLoader:
         self.stats = LoaderStats()
         self.backend = executor.name
         self._executor, self._reader, self._plan, self._augment, self._device = executor, reader, plan, augment, device
+        self._recipe = Recipe.of(reader.manifest, reader.caption_ids, plan=plan, augment=augment)
         self._epoch, self._cursor = 0, 0
         self._prefetcher: Prefetcher[Batch] | None = None
 
@@ -185,23 +200,40 @@ class PlannedLoader:
 
     def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """Runs in the thread of the prefetcher."""
-        manifest = self._reader.manifest
-        tile_size = (manifest.tile_height, manifest.tile_width)
         for _ in range(self._plan.steps_from(cursor)):
             started = time.perf_counter()
             ids, valid = self._plan.ids_at(epoch, cursor=cursor)
-            sources = own_tiles(ids, tiles=manifest.tiles)
-            table = parameter_table(ids, sources, tile_size=tile_size, seed=self._plan.seed, epoch=epoch, augment=self._augment)
-            images = self._executor.fill(sources, table)
-            columns = (torch.from_numpy(column) for column in (self._reader.caption_ids[ids], ids, valid))
-            if self._device.type == "cuda":  # pinned, or each copy would wait for the training step
-                columns = (column.pin_memory().to(self._device, non_blocking=True) for column in columns)
-            caption_ids, sample_ids, flags = columns
+            rows = self._recipe.rows(ids, epoch=epoch)
+            images = self._executor.fill(rows.sources, rows.table)
+            columns = {"caption_ids": rows.caption_ids, "sample_ids": ids, "valid": valid}
+            if self._recipe.augment.mix != "none":
+                columns |= self._mix(images, ids, epoch=epoch, cursor=cursor)
+            tensors = {name: self._to_device(column) for name, column in columns.items()}
             self.stats.fill_s += time.perf_counter() - started
             self.stats.bytes_read = self._executor.bytes_read
-            step = cursor // self._plan.batch_size
-            yield Batch(images=images, caption_ids=caption_ids, sample_ids=sample_ids, valid=flags, epoch=epoch, step=step)
+            yield Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
             cursor += self._plan.batch_size
+
+    def _mix(self, images: Tensor, ids: Ints, *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
+        """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled."""
+        recipe = self._recipe
+        mixture = recipe.mixture(ids, epoch=epoch)
+        partners = recipe.rows(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
+        mixed = np.flatnonzero(mixture.weight < 1.0)
+        if len(mixed):
+            others = self._executor.fill(partners.sources[mixed], partners.table[mixed])
+            chosen = torch.from_numpy(mixed).to(images.device)
+            part = images if len(mixed) == len(images) else images[chosen]
+            part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])
+            if part is not images:
+                images[chosen] = part
+        return {"partner_caption_ids": partners.caption_ids, "mix_weight": mixture.weight}
+
+    def _to_device(self, column: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(column)
+        if self._device.type == "cuda":  # pinned, or each copy would wait for the training step
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
 
 
 def make_loader(
@@ -236,7 +268,8 @@ def make_loader(
         drop_last: Leave out the tail of an epoch; otherwise the last batch is padded with `valid` = False.
 
     Raises:
-        ConfigError: unknown backend, or a batch size that does not fit the ranks or the split.
+        ConfigError: unknown backend, a batch size that does not fit the ranks or the split, or an augmentation that does not
+            fit the captions.
         DataError: the folder is damaged.
         EnvironmentLackingError: the chosen backend is not available.
     """
@@ -253,10 +286,10 @@ def make_loader(
             drop_last=drop_last,
         )
         executor = _make_executor(name, reader, plan=plan, augment=augment, device=device, events=events)
+        return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device)
     except BaseException:
         reader.close()
         raise
-    return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device)
 
 
 def choose_backend(backend: str, *, device: torch.device, events: EventLog) -> str:

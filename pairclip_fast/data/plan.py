@@ -104,6 +104,12 @@ class Plan:
         positions = np.arange(first, first + self.local_batch_size)
         return self.order(epoch)[positions % self.num_samples], positions < self.num_samples
 
+    def partners_at(self, epoch: int, *, cursor: int) -> NDArray[np.int64]:
+        """For each of `ids_at` the sample it is mixed with: the one half an epoch further on, so each is a partner once."""
+        first = cursor + self.rank * self.local_batch_size
+        positions = np.arange(first, first + self.local_batch_size) + self.num_samples // 2
+        return self.order(epoch)[positions % self.num_samples]
+
     def valid_at(self, cursor: int) -> int:
         """Samples of this rank, without padding, in the step that starts at `cursor`."""
         first = cursor + self.rank * self.local_batch_size

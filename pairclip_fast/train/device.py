@@ -44,16 +44,7 @@ class Placement:
         """`batch` on this device; from the CPU through pinned memory, so that the copy overlaps with computing."""
         if batch.images.device.type == self.device.type:
             return batch
-        return dataclasses.replace(
-            batch,
-            images=self._move(batch.images),
-            caption_ids=self._move(batch.caption_ids),
-            sample_ids=self._move(batch.sample_ids),
-            valid=self._move(batch.valid),
-        )
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return batch.map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
 
     def synchronise(self) -> None:
         """Wait until the device has done what was queued."""

@@ -38,11 +38,19 @@ class LossModule(nn.Module):
         scale: Tensor = self.loss.scale  # type: ignore[assignment]
         return float(scale.detach().log())
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], caption_ids: Int[Tensor, " b"], valid: Tensor) -> Float[Tensor, ""]:
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        caption_ids: Int[Tensor, " b"],
+        valid: Tensor,
+        partner_caption_ids: Int[Tensor, " b"] | None = None,
+        mix_weight: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, ""]:
         """Mean loss over the valid pairs; the loss itself is computed in float32."""
         with self.precision.autocast():
             image_features = self.encode(images)
-        loss: Tensor = self.loss(image_features.float(), caption_ids, valid=valid)
+        mixed = {"partner_caption_ids": partner_caption_ids, "mix_weight": mix_weight}
+        loss: Tensor = self.loss(image_features.float(), caption_ids, valid=valid, **mixed)
         return loss
 
 
@@ -88,9 +96,11 @@ def micro_batches(batch: Batch, *, count: int) -> list[Batch]:
     """`batch` in `count` consecutive pieces."""
     if count == 1:
         return [batch]
-    names = ("images", "caption_ids", "sample_ids", "valid")
-    pieces = zip(*(getattr(batch, name).chunk(count) for name in names), strict=True)
-    return [dataclasses.replace(batch, **dict(zip(names, piece, strict=True))) for piece in pieces]
+
+    def piece(number: int) -> Batch:
+        return batch.map(lambda tensor: tensor.chunk(count)[number])
+
+    return [piece(number) for number in range(count)]
 
 
 def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
@@ -104,7 +114,8 @@ def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
     loss = torch.zeros((), device=batch.images.device)
     for number, piece in enumerate(pieces):
         with trainee.gradient_sync(last=number == len(pieces) - 1):
-            part = forward(piece.images, piece.caption_ids, piece.valid) * (piece.valid.sum() / batch.valid.sum())
+            part = forward(piece.images, piece.caption_ids, piece.valid, piece.partner_caption_ids, piece.mix_weight)
+            part = part * (piece.valid.sum() / batch.valid.sum())
             scaler.scale(part).backward()
         loss += part.detach()
     loss = trainee.processes.mean(loss)

@@ -76,7 +76,7 @@ def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> R
     """Preset, overlaid with the config file, overlaid with the flags.
 
     Two things follow a flag because no other flag could mend them: fewer epochs than the warm-up shrink it in
-    proportion, and `--loss infonce` switches label smoothing off.
+    proportion, and `--loss infonce` switches label smoothing and mixing off.
 
     Args:
         options: The flags.
@@ -108,6 +108,7 @@ def _flag_tables(options: TrainOptions, config: RunConfig) -> dict[str, Any]:
         tables["optimizer"]["warmup_epochs"] = config.optimizer.warmup_epochs * options.epochs / config.train.epochs
     if options.loss is not None:
         tables["loss"] = {"kind": options.loss} | ({"label_smoothing": 0.0} if options.loss == "infonce" else {})
+        tables["augment"] = {"mix": "none"} if options.loss == "infonce" else {}
     if options.bank is not None:
         tables["bank"] = {"kind": options.bank}
     return {name: table for name, table in tables.items() if table}

@@ -1,0 +1,71 @@
+"""What goes into a batch: plan, composition, parameters and mixing put together, before any pixel is touched.
+
+Everything here is a pure function of the configuration and of (epoch, position); the loader hands it to a backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.composition import Composition
+from pairclip_fast.data.manifest import Manifest
+from pairclip_fast.data.mixing import Mixture, draw_mixture
+from pairclip_fast.data.parameters import parameter_table
+from pairclip_fast.data.plan import Plan
+
+Ints = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Pictures to make: what a backend needs, and what they show."""
+
+    sources: Ints
+    """[batch, tiles], see `backends.executor`."""
+    table: NDArray[np.float32]
+    """[batch, tiles, 10], see `parameters.Column`."""
+    caption_ids: Ints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How the batches of one split are made."""
+
+    plan: Plan
+    composition: Composition
+    augment: AugmentConfig
+    tile_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, manifest: Manifest, caption_ids: Ints, *, plan: Plan, augment: AugmentConfig | None) -> Recipe:
+        """The recipe for a split of a data folder.
+
+        Raises:
+            ConfigError: pairing or swapping with captions that do not allow it.
+        """
+        composition = Composition(
+            caption_ids,
+            tiles=manifest.tiles,
+            num_classes=len(manifest.class_names),
+            num_captions=manifest.num_captions,
+            seed=plan.seed,
+            augment=augment,
+        )
+        tile_size = (manifest.tile_height, manifest.tile_width)
+        return cls(plan=plan, composition=composition, augment=augment or AugmentConfig(), tile_size=tile_size)
+
+    def rows(self, ids: Ints, *, epoch: int, partner: bool = False) -> Rows:
+        """The pictures of samples in `epoch`, or those that are blended into others as their partners."""
+        sources, caption_ids = self.composition.of(ids, epoch=epoch)
+        table = parameter_table(
+            ids, sources, tile_size=self.tile_size, seed=self.plan.seed, epoch=epoch, augment=self.augment, partner=partner
+        )
+        return Rows(sources=sources, table=table, caption_ids=caption_ids)
+
+    def mixture(self, ids: Ints, *, epoch: int) -> Mixture:
+        """How samples are mixed with their partners in `epoch`."""
+        return draw_mixture(ids, tile_size=self.tile_size, seed=self.plan.seed, epoch=epoch, augment=self.augment)
