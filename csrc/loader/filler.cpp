@@ -76,8 +76,8 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
   const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(tiles_) * settings_.width, plane = row * settings_.height;
   const std::size_t element = settings_.bf16 ? 2 : 4;
   Report report;
-  pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int) {
-    const double started = thread_seconds();
+  pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
+    const double started = worker != 0 ? thread_seconds() : 0.0;
     const Scratch scratch(scratch_words(settings_.height, settings_.width));
     for (std::int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
       std::int64_t checked = -1;
@@ -96,7 +96,7 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
         if (parameters[kCutSize] > 0.0f) cut_out(settings_, target, parameters);
       }
     }
-    report.spent(thread_seconds() - started);
+    if (worker != 0) report.spent(thread_seconds() - started);
   });
   return report.result();
 }
@@ -104,17 +104,14 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
 Outcome Filler::fill(const Records& records, std::span<const std::int64_t> sources, std::span<const float> table, void* out) {
   struct RawTiles {
     const Records& records;
-    std::ptrdiff_t row_bytes, tile_bytes;
-    bool usable(std::int64_t sample) const { return records.intact(sample); }
+    std::ptrdiff_t row_bytes, tile_bytes, sample_bytes;
+    bool usable(std::int64_t sample) const {
+      return static_cast<std::ptrdiff_t>(records.bytes(sample).size()) == sample_bytes && records.intact(sample);
+    }
     TileSource at(std::int64_t sample, int tile) const { return {records.bytes(sample).data() + tile * tile_bytes, row_bytes}; }
   };
-  for (const std::int64_t source : sources) {
-    const std::int64_t sample = source / tiles_;
-    if (source >= 0 && sample < records.size() && static_cast<std::int64_t>(records.bytes(sample).size()) != picture_bytes())
-      throw std::invalid_argument("a raw record has another size than a sample");
-  }
   const std::ptrdiff_t row_bytes = 3L * settings_.width;
-  return fill_from(RawTiles{records, row_bytes, row_bytes * settings_.height}, records.size() * tiles_, sources, table, out);
+  return fill_from(RawTiles{records, row_bytes, row_bytes * settings_.height, picture_bytes()}, records.size() * tiles_, sources, table, out);
 }
 
 Outcome Filler::fill(std::span<const std::uint8_t> pictures, std::span<const std::int64_t> sources, std::span<const float> table,
@@ -141,14 +138,14 @@ Outcome Filler::decode(const Records& records, Encoding encoding, std::span<cons
       throw std::invalid_argument("an id or row is out of range");
   const auto count = static_cast<std::int64_t>(ids.size());
   Report report;
-  pool_.run(threads_, (count + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int) {
-    const double started = thread_seconds();
+  pool_.run(threads_, (count + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
+    const double started = worker != 0 ? thread_seconds() : 0.0;
     Decoder decoder(encoding, settings_.width * tiles_, settings_.height);
     for (std::int64_t i = task * kRowsPerTask; i < std::min(count, (task + 1) * kRowsPerTask); ++i) {
       const bool good = records.intact(ids[i]) && decoder.decode(records.bytes(ids[i]), &pictures[rows[i] * picture_bytes()]);
       if (!good) report.damaged(ids[i]);
     }
-    report.spent(thread_seconds() - started);
+    if (worker != 0) report.spent(thread_seconds() - started);
   });
   return report.result();
 }

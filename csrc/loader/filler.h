@@ -12,7 +12,7 @@
 
 namespace pairclip::loader {
 
-// CPU seconds spent, over all threads, and what was wrong: ids of damaged records, ascending, each once.
+// CPU seconds of the threads beside the caller's, and what was wrong: ids of damaged records, ascending, each once.
 struct Outcome {
   double cpu_seconds = 0.0;
   std::vector<std::int64_t> damaged;
@@ -27,7 +27,7 @@ class Filler {
   //
   // sources: [rows * tiles], tile number `sample * tiles + tile` of each; table: [rows * tiles * columns]; out: rows pictures
   // of 3 x height x (tiles * width), float32 or bfloat16. Rows with a damaged record are left as they are.
-  // Throws std::invalid_argument if a source is not one of the records' or a record has another size than a sample.
+  // Throws std::invalid_argument if a source is not one of the records'.
   Outcome fill(const Records& records, std::span<const std::int64_t> sources, std::span<const float> table, void* out);
 
   // The same from decoded pictures, height x (tiles * width) RGB bytes each, which need no check.

@@ -112,22 +112,10 @@ class ShardReader:
         return self._views[shard][offset : offset + int(spans.sizes[sample_id])]
 
     def payload(self, sample_id: int) -> memoryview:
-        """The bytes of the .rgb, .png or .jpg member, neither copied nor checked."""
+        """The bytes of the .rgb, .png or .jpg member, neither copied nor checked (`check`)."""
         shard = self._shard_of(sample_id)
         offset = int(self.records.offsets[sample_id])
         return self._views[shard][offset : offset + int(self.records.sizes[sample_id])]
-
-    def checked_payload(self, sample_id: int) -> memoryview:
-        """`payload` if it is what was written.
-
-        Raises:
-            BadRecordError: the checksum differs.
-        """
-        data, expected = self.payload(sample_id), int(self.records.checksums[sample_id])
-        if (got := zlib.crc32(data)) != expected:
-            what, where = "a record's bytes have changed", self.location(sample_id)
-            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
-        return data
 
     def tiles(self, sample_id: int) -> npt.NDArray[np.uint8]:
         """The checked and decoded sample, uint8 [tiles, height, width, 3], a fresh array.
@@ -135,7 +123,27 @@ class ShardReader:
         Raises:
             BadRecordError: the payload has changed, is damaged or of another size.
         """
-        data, where = self.checked_payload(sample_id), self.location(sample_id)
+        return self.decoded(sample_id, self.payload(sample_id))
+
+    def check(self, sample_id: int, data: memoryview) -> None:
+        """Compare a payload with its checksum.
+
+        Raises:
+            BadRecordError: they differ.
+        """
+        expected = int(self.records.checksums[sample_id])
+        if (got := zlib.crc32(data)) != expected:
+            what, where = "a record's bytes have changed", self.location(sample_id)
+            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
+
+    def decoded(self, sample_id: int, data: memoryview) -> npt.NDArray[np.uint8]:
+        """`tiles` of a payload that was read by somebody else.
+
+        Raises:
+            BadRecordError: the payload has changed, is damaged or of another size.
+        """
+        self.check(sample_id, data)
+        where = self.location(sample_id)
         try:
             return decode_payload(data, self.manifest, where=where)
         except DataError as error:

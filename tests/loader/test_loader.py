@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
 FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 FAST = AugmentConfig(flip_probability=0.5, shift_pixels=3)
-BACKENDS = ("reference", "dali")
+BACKENDS = ("native", "reference", "dali")
 Open = Callable[..., Loader]
 
 

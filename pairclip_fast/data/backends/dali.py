@@ -28,11 +28,10 @@ from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import CONTRAST_CENTRE, LUMA, WHITE
-from pairclip_fast.data.backends.executor import sample_location
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.data.parameters import Column, changes_colour, own_tiles
-from pairclip_fast.data.shards import ShardReader, decode_payload
-from pairclip_fast.errors import DataError, EnvironmentLackingError
+from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.errors import EnvironmentLackingError
 
 Feed = dict[str, Any]
 NO_GPU_MESSAGES = ("CUDA-capable GPU", "CUDA is not available")
@@ -72,12 +71,18 @@ class DaliExecutor:
     def __init__(
         self, reader: ShardReader, *, augment: AugmentConfig | None, batch_size: int, device: torch.device, num_threads: int
     ) -> None:
-        self.bytes_read = 0
+        self.bytes_read, self.helper_cpu_s = 0, 0.0
         self._reader, self._device = reader, device
         self._spec = GraphSpec.of(reader.manifest, augment)
+        self._batch_size, self._num_threads = batch_size, num_threads
+        self._pipeline: Pipeline | None = self._build()
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def _build(self) -> Pipeline:
+        device, kind = self._device, "cpu" if self._device.type == "cpu" else "gpu"
         device_id = None if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
         pipeline = make_pipeline(
-            self._spec, kind="cpu" if device.type == "cpu" else "gpu", device_id=device_id, batch_size=batch_size, num_threads=num_threads
+            self._spec, kind=kind, device_id=device_id, batch_size=self._batch_size, num_threads=self._num_threads
         )
         try:
             pipeline.build()
@@ -86,8 +91,7 @@ class DaliExecutor:
                 fix = "use --device cpu, or install a CUDA driver"
                 raise EnvironmentLackingError("DALI finds no GPU", where="--loader dali", got=error, fix=fix) from error
             raise
-        self._pipeline: Pipeline | None = pipeline
-        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return pipeline
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
@@ -100,6 +104,7 @@ class DaliExecutor:
             (pictures,) = self._pipeline.run(pixels=pixels, **parameter_feed(self._spec, table))
             images: Tensor = torch.utils.dlpack.from_dlpack(pictures.as_tensor())
         except RuntimeError as error:
+            self._pipeline = self._build()  # DALI says that a pipeline is not to be used after an error
             self._blame(ids, error)
             raise
         return images if self._stream is None else self._owned_by_torch(images, self._stream)
@@ -119,6 +124,8 @@ class DaliExecutor:
 
     def _pixels(self, ids: Int64[np.ndarray, " batch"]) -> Any:
         payloads = [self._reader.payload(int(i)) for i in ids]
+        for sample_id, payload in zip(ids.tolist(), payloads, strict=True):
+            self._reader.check(sample_id, payload)
         self.bytes_read += sum(len(payload) for payload in payloads)
         if self._spec.encoding != "raw":
             return [np.frombuffer(payload, dtype=np.uint8) for payload in payloads]
@@ -134,13 +141,12 @@ class DaliExecutor:
         If there is none the data is not to blame, and the caller's error stands.
         """
         for sample_id in ids.tolist():
-            where = sample_location(self._reader, sample_id)
             try:
-                decode_payload(self._reader.payload(sample_id), self._reader.manifest, where=where)
-            except DataError as found:
+                self._reader.tiles(sample_id)
+            except BadRecordError as found:
                 raise found from error
         if error is not None:
-            error.add_note(f"while DALI filled the batch that starts with {sample_location(self._reader, int(ids[0]))}")
+            error.add_note(f"while DALI filled the batch that starts with {self._reader.location(int(ids[0]))}")
 
 
 def make_pipeline(spec: GraphSpec, *, kind: Literal["cpu", "gpu"], device_id: int | None, batch_size: int, num_threads: int) -> Pipeline:

@@ -13,8 +13,6 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from pairclip_fast.data.shards import ShardReader
-
 
 @runtime_checkable
 class Executor(Protocol):
@@ -23,6 +21,8 @@ class Executor(Protocol):
     name: str
     bytes_read: int
     """Payload bytes taken from the shards so far."""
+    helper_cpu_s: float
+    """CPU seconds so far of the backend's own threads, where it can tell; the thread that calls `fill` is not among them."""
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
@@ -32,14 +32,8 @@ class Executor(Protocol):
         At most the loader's batch size of rows; the parameters are as in `parameters.Column`.
 
         Raises:
-            DataError: a sample cannot be decoded; names its shard and key.
+            BadRecordError: a record has changed or cannot be decoded; names it. The backend stays usable.
         """
 
     def close(self) -> None:
         """Give threads and files back. Safe to call twice."""
-
-
-def sample_location(reader: ShardReader, sample_id: int) -> str:
-    """Shard and key of a sample, for messages."""
-    shard = int(np.searchsorted(reader.shard_starts, sample_id, side="right")) - 1
-    return f"{reader.shard_paths[shard]}: {sample_id:09d}"
