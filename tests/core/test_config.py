@@ -37,19 +37,27 @@ models = st.one_of(
     ),
     st.builds(configs.TileConvConfig, width=size, activation=st.sampled_from(["gelu", "relu", "silu"])),
 )
+bank_losses = st.builds(configs.LossConfig, kind=st.just("bank"), temperature=st.floats(0.01, 10.0), label_smoothing=below_one)
 losses = st.one_of(
-    st.builds(configs.LossConfig, kind=st.just("bank"), temperature=st.floats(0.01, 10.0), label_smoothing=below_one),
+    bank_losses,
     st.builds(configs.LossConfig, kind=st.just("infonce"), temperature=st.floats(0.01, 10.0), learn_temperature=st.booleans()),
 )
 augments = st.builds(
-    configs.AugmentConfig,
+    lambda flips, **rest: configs.AugmentConfig(flip_probability=flips or 0.5, alternating_flip=flips is None, **rest),
+    flips=st.one_of(st.none(), unit),
     rotate_degrees=st.floats(0.0, 180.0),
     brightness=unit,
     contrast=unit,
     saturation=unit,
-    flip_probability=unit,
     shift_pixels=st.integers(0, 16),
+    border=st.sampled_from(["zero", "reflect"]),
+    cutout_size=st.integers(0, 64),
+    swap_probability=unit,
+    pairing=st.sampled_from(["fixed", "resampled"]),
+    mix_alpha=st.floats(0.05, 100.0),
+    mix_probability=unit,
 )
+mixing_augments = st.builds(dataclasses.replace, augments, mix=st.sampled_from(["mixup", "cutmix"]))
 optimizers = st.builds(
     lambda lr, share, **rest: configs.OptimizerConfig(lr=lr, final_lr=lr * share, **rest),
     lr=st.floats(1e-8, 10.0),
@@ -75,8 +83,10 @@ trainings = st.builds(
     seed=st.integers(0, 2**63 - 1),
     save_minutes=st.floats(0.01, 1e6),
 )
-runs = st.builds(
-    RunConfig, preset=st.sampled_from(["vit", "fast"]), model=models, loss=losses, augment=augments, optimizer=optimizers, train=trainings
+rooms = {"preset": st.sampled_from(["vit", "fast"]), "model": models, "optimizer": optimizers, "train": trainings}
+runs = st.one_of(
+    st.builds(RunConfig, loss=losses, augment=augments, **rooms),
+    st.builds(RunConfig, loss=bank_losses, augment=mixing_augments, **rooms),
 )
 
 
@@ -156,6 +166,11 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ({"optimizer": {"lr": float("inf")}}, ["optimizer.lr", "finite"]),
         ({"loss": {"temperature": float("inf")}}, ["loss.temperature", "finite"]),
         ({"augment": {"flip_probability": 1.5}}, ["augment.flip_probability"]),
+        ({"augment": {"border": "reflekt"}}, ["[augment]", "wrong type", "reflekt"]),
+        ({"augment": {"cutout_size": -1}}, ["augment.cutout_size"]),
+        ({"augment": {"mix_alpha": 0.0}}, ["augment.mix_alpha", "0.05"]),
+        ({"augment": {"alternating_flip": True}}, ["augment.flip_probability", "0.5", "alternating_flip"]),
+        ({"augment": {"mix": "mixup"}, "loss": {"kind": "infonce"}}, ["augment.mix", "infonce"]),
         ({"model": {"architecture": "vit", "heads": 7}}, ["model.heads", "a divisor of model.width (512)"]),
     ],
 )

@@ -10,25 +10,45 @@ import numpy as np
 
 MEAN = (125.0, 120.0, 110.0)
 STD = (60.0, 61.0, 65.0)
+FLIP = 4
+"""Column of the parameter table."""
 
 
-def sample_bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`picture` [h, w, 3] at real positions; taps outside contribute 0."""
+def tap(picture: np.ndarray, row: np.ndarray, column: np.ndarray, *, border: str, wrong: str) -> np.ndarray:
+    """The pixels at whole positions, which may lie outside."""
     height, width = picture.shape[:2]
+    if border == "zero" and wrong != "repeats the edge":
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        return np.where(inside[..., None], picture[row.clip(0, height - 1), column.clip(0, width - 1)], 0.0)
+
+    def outside(position: np.ndarray, side: int) -> np.ndarray:
+        if wrong == "repeats the edge":
+            return position
+        if wrong == "mirrors between pixels":
+            return np.where(position < 0, -1 - position, np.where(position >= side, 2 * side - 1 - position, position))
+        if wrong == "wraps around":
+            return position % side
+        if wrong == "mirrors again and again":
+            return side - 1 - abs(side - 1 - abs(position))
+        return np.where(position < 0, -position, np.where(position >= side, 2 * (side - 1) - position, position))
+
+    return picture[outside(row, height).clip(0, height - 1), outside(column, width).clip(0, width - 1)]
+
+
+def sample_bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, *, border: str, wrong: str) -> np.ndarray:
+    """`picture` [h, w, 3] at real positions."""
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     total = np.zeros((*x.shape, 3))
     for row in (top, top + 1):
         for column in (left, left + 1):
             weight = (1.0 - abs(x - column)) * (1.0 - abs(y - row))
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            taps = picture[row.clip(0, height - 1), column.clip(0, width - 1)]
-            total += np.where(inside, weight, 0.0)[..., None] * taps
+            total += weight[..., None] * tap(picture, row, column, border=border, wrong=wrong)
     return total
 
 
-def oracle_tile(tile: np.ndarray, row: np.ndarray, *, wrong: str = "") -> np.ndarray:
-    """One tile [h, w, 3] through the specification, in units of 0..255; `wrong` names an error to make."""
-    angle, brightness, contrast, saturation, flip, shift_x, shift_y = (float(v) for v in row[:7])
+def oracle_tile(tile: np.ndarray, row: np.ndarray, *, border: str = "zero", wrong: str = "") -> np.ndarray:  # noqa: C901 - the errors
+    """One tile [h, w, 3] through the specification, in units of 0..255; what is cut out is the mean."""
+    angle, brightness, contrast, saturation, flip, shift_x, shift_y, cut_x, cut_y, cut_size = (float(v) for v in row)
     picture = tile.astype(np.float64)
     height, width = picture.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
@@ -47,9 +67,7 @@ def oracle_tile(tile: np.ndarray, row: np.ndarray, *, wrong: str = "") -> np.nda
         sx, sy = sx - shift_x, sy - shift_y
     if wrong == "nearest neighbour":
         sx, sy = np.round(sx), np.round(sy)
-    if wrong == "repeats the edge":
-        sx, sy = sx.clip(0, width - 1), sy.clip(0, height - 1)
-    picture = sample_bilinear(picture, sx, sy)
+    picture = sample_bilinear(picture, sx, sy, border=border, wrong=wrong)
     if wrong == "rounds after sampling":
         picture = np.round(picture)
     weights = np.array([1 / 3, 1 / 3, 1 / 3]) if wrong == "luma is the mean" else np.array([0.299, 0.587, 0.114])
@@ -65,22 +83,30 @@ def oracle_tile(tile: np.ndarray, row: np.ndarray, *, wrong: str = "") -> np.nda
         picture = picture.clip(0.0, 255.0)
     if flip and wrong != "does not flip":
         picture = picture[::-1] if wrong == "flips vertically" else picture[:, ::-1]
-    return picture
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    if wrong == "cuts before the flip" and flip:
+        columns = columns[:, ::-1]
+    if wrong == "cuts rows for columns":
+        columns, rows = rows, columns
+    if wrong == "cuts one pixel more":
+        cut_size += 1.0
+    if wrong == "keeps the square inside":
+        cut_x, cut_y = np.clip(cut_x, 0, width - cut_size), np.clip(cut_y, 0, height - cut_size)
+    inside = (columns >= cut_x) & (columns < cut_x + cut_size) & (rows >= cut_y) & (rows < cut_y + cut_size)
+    return np.where(inside[..., None], 0.0 if wrong == "cuts to black" else np.array(MEAN), picture)
 
 
-def oracle(tiles: np.ndarray, table: np.ndarray, *, wrong: str = "") -> np.ndarray:
+def oracle(tiles: np.ndarray, table: np.ndarray, *, border: str = "zero", wrong: str = "") -> np.ndarray:
     """Stacked pictures [b, h, t * w, 3] in units of 0..255."""
     rows = []
     for sample, parameters in zip(tiles, table, strict=True):
-        parts = [oracle_tile(tile, row, wrong=wrong) for tile, row in zip(sample, parameters, strict=True)]
+        parts = [oracle_tile(tile, row, border=border, wrong=wrong) for tile, row in zip(sample, parameters, strict=True)]
         if wrong == "tiles swapped":
             parts = parts[::-1]
         stacked = np.concatenate(parts, axis=1)
         if wrong == "flips the stacked picture":
-            parts = [part[:, ::-1] if row[Column.FLIP] else part for part, row in zip(parts, parameters, strict=True)]
+            parts = [part[:, ::-1] if row[FLIP] else part for part, row in zip(parts, parameters, strict=True)]
             stacked = np.concatenate(parts, axis=1)
-            stacked = stacked[:, ::-1] if parameters[0, Column.FLIP] else stacked
+            stacked = stacked[:, ::-1] if parameters[0, FLIP] else stacked
         rows.append(stacked)
     return np.stack(rows)
-
-

@@ -1,7 +1,6 @@
 """The augmentation against an oracle in float64 that is written from the specification, pixel by pixel formulas.
 
-The oracle shares no code and no formulation with the package: it samples with explicit taps, applies the colour operations
-one after the other, and flips at the end. Its deliberately wrong variants show that the tolerance would notice.
+Its deliberately wrong variants show that the tolerance would notice.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from augment_oracle import MEAN, STD, oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.augment import augment_tiles, rotate_shift_flip, shift_flip
+from pairclip_fast.data.augment import Border, augment_tiles, mirrored, rotate_shift_flip, shift_flip
 from pairclip_fast.data.parameters import Column, identity_table, own_tiles, parameter_table
 
-MEAN = (125.0, 120.0, 110.0)
-STD = (60.0, 61.0, 65.0)
 TOLERANCE = 0.02
 """In units of the 0..255 scale (design, section 3.4)."""
-FULL = AugmentConfig(rotate_degrees=25.0, brightness=0.4, contrast=0.4, saturation=0.6, flip_probability=0.5, shift_pixels=4)
+FULL = AugmentConfig(rotate_degrees=25.0, brightness=0.4, contrast=0.4, saturation=0.6, flip_probability=0.5, shift_pixels=4, cutout_size=7)
+BORDERS = ("zero", "reflect")
 
 
 def in_pixel_units(images: torch.Tensor) -> np.ndarray:
@@ -30,8 +29,8 @@ def in_pixel_units(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy().astype(np.float64) * np.array(STD) + np.array(MEAN)
 
 
-def run(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
-    return in_pixel_units(augment_tiles(torch.from_numpy(tiles), torch.from_numpy(table), mean=MEAN, std=STD))
+def run(tiles: np.ndarray, table: np.ndarray, *, border: Border = "zero") -> np.ndarray:
+    return in_pixel_units(augment_tiles(torch.from_numpy(tiles), torch.from_numpy(table), mean=MEAN, std=STD, border=border))
 
 
 def random_case(
@@ -52,21 +51,25 @@ CONFIGS = {
     "flip and shift": AugmentConfig(flip_probability=0.5, shift_pixels=3),
     "colour": AugmentConfig(brightness=1.0, contrast=1.0, saturation=1.0),
     "colour, flip and shift": AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=16),
+    "cutout": AugmentConfig(cutout_size=8),
+    "cutout larger than the tile": AugmentConfig(cutout_size=40, flip_probability=0.5),
 }
 
 
+@pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_oracle(name: str) -> None:
+def test_equals_the_oracle(name: str, border: Border) -> None:
     tiles, table = random_case(CONFIGS[name])
-    assert abs(run(tiles, table) - oracle(tiles, table)).max() < TOLERANCE
+    assert abs(run(tiles, table, border=border) - oracle(tiles, table, border=border)).max() < TOLERANCE
 
 
-@pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 16, 16), (3, 24, 40), (2, 31, 17)])
-def test_other_tile_counts_and_sizes(tiles: int, height: int, width: int) -> None:
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 16, 16), (3, 24, 40), (2, 31, 17), (2, 5, 7), (2, 1, 3)])
+def test_other_tile_counts_and_sizes(tiles: int, height: int, width: int, border: Border) -> None:
     pixels, table = random_case(FULL, batch=4, tiles=tiles, height=height, width=width)
-    result = run(pixels, table)
+    result = run(pixels, table, border=border)
     assert result.shape == (4, height, tiles * width, 3)
-    assert abs(result - oracle(pixels, table)).max() < TOLERANCE
+    assert abs(result - oracle(pixels, table, border=border)).max() < TOLERANCE
 
 
 WRONG = [
@@ -86,13 +89,35 @@ WRONG = [
     "flips vertically",
     "flips the stacked picture",
     "tiles swapped",
+    "cuts before the flip",
+    "cuts rows for columns",
+    "cuts one pixel more",
+    "keeps the square inside",
+    "cuts to black",
 ]
+WRONG_BORDERS = ["repeats the edge", "mirrors between pixels", "wraps around"]
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_operation_would_be_noticed(wrong: str) -> None:
+@pytest.mark.parametrize(("border", "wrong"), [("zero", wrong) for wrong in WRONG] + [("reflect", wrong) for wrong in WRONG_BORDERS])
+def test_a_wrong_operation_would_be_noticed(wrong: str, border: Border) -> None:
     tiles, table = random_case(FULL)
-    assert abs(run(tiles, table) - oracle(tiles, table, wrong=wrong)).max() > 10 * TOLERANCE
+    assert abs(run(tiles, table, border=border) - oracle(tiles, table, border=border, wrong=wrong)).max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("rotate_degrees", [0.0, 45.0])
+def test_mirrors_only_once(rotate_degrees: float) -> None:
+    """Tiles smaller than the shift: what lies beyond the mirrored tile repeats its last pixel."""
+    tiles, table = random_case(AugmentConfig(shift_pixels=16, rotate_degrees=rotate_degrees), height=6, width=6)
+    result = run(tiles, table, border="reflect")
+    assert abs(result - oracle(tiles, table, border="reflect")).max() < TOLERANCE
+    assert abs(result - oracle(tiles, table, border="reflect", wrong="mirrors again and again")).max() > 10 * TOLERANCE
+
+
+def test_numpy_mirrors_the_same_way() -> None:
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 9, 5), dtype=np.uint8)
+    for reach in (1, 4):
+        expected = np.pad(tiles, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="reflect")
+        assert np.array_equal(mirrored(torch.from_numpy(tiles), reach=reach).numpy(), expected)
 
 
 @given(
@@ -103,13 +128,23 @@ def test_a_wrong_operation_would_be_noticed(wrong: str) -> None:
     st.floats(0.0, 2.0),
     st.booleans(),
     st.tuples(st.integers(-16, 16), st.integers(-16, 16)),
+    st.tuples(st.integers(-8, 15), st.integers(-8, 15), st.integers(0, 20)),
+    st.sampled_from(BORDERS),
 )
 def test_equals_the_oracle_for_any_parameters(
-    seed: int, angle: float, brightness: float, contrast: float, saturation: float, flip: bool, shift: tuple[int, int]
+    seed: int,
+    angle: float,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    flip: bool,
+    shift: tuple[int, int],
+    cut: tuple[int, int, int],
+    border: Border,
 ) -> None:
     tiles = np.random.default_rng(seed).integers(0, 256, (1, 1, 16, 16, 3), dtype=np.uint8)
-    table = np.array([[[angle, brightness, contrast, saturation, flip, *shift, 0, 0, 0]]], dtype=np.float32)
-    assert abs(run(tiles, table) - oracle(tiles, table)).max() < TOLERANCE
+    table = np.array([[[angle, brightness, contrast, saturation, flip, *shift, *cut]]], dtype=np.float32)
+    assert abs(run(tiles, table, border=border) - oracle(tiles, table, border=border)).max() < TOLERANCE
 
 
 def test_positive_angles_turn_counter_clockwise() -> None:
@@ -137,6 +172,8 @@ def test_whole_pixels_take_the_same_values_on_both_paths(name: str) -> None:
     pixels = torch.from_numpy(tiles).flatten(0, 1).permute(0, 3, 1, 2)
     parameters = torch.from_numpy(table).flatten(0, 1)
     assert torch.equal(shift_flip(pixels, parameters).float(), rotate_shift_flip(pixels, parameters))
+    slow, fast = (sample(pixels, parameters, border="reflect").float() for sample in (rotate_shift_flip, shift_flip))
+    assert (slow - fast).abs().max() < 1e-2
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -153,6 +190,7 @@ def test_tiles_never_bleed_into_each_other(name: str) -> None:
     """A red and a blue tile: whatever happens to them, the left half has no blue and the right half no red."""
     tiles, table = random_case(CONFIGS[name], batch=64)
     tiles[:, 0], tiles[:, 1] = (255, 0, 0), (0, 0, 255)
+    table[..., Column.CUT_SIZE] = 0.0
     table[..., [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1.0
     result = run(tiles, table)
     assert abs(result[:, :, :32, 1:]).max() < 1e-3

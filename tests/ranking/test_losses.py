@@ -53,6 +53,36 @@ def test_bank_loss_is_cross_entropy() -> None:
     torch.testing.assert_close(loss(features, ids), F.cross_entropy(loss.scale * features @ BANK.T, ids, label_smoothing=0.2))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["distinct", "groups"])
+def test_bank_loss_of_mixtures(smoothing: float, groups: Tensor | None) -> None:
+    """Cross entropy against the whole target distributions: mixed first, then smoothed."""
+    loss = make(bank=BANK, groups=groups, smoothing=smoothing)
+    features, ids, partners = unit(7, 6).requires_grad_(), torch.tensor([0, 3, 9, 10, 11, 5, 0]), torch.tensor([3, 3, 2, 8, 1, 7, 0])
+    weight = torch.tensor([0.5, 0.0, 1.0, 0.3, 0.9, 0.25, 0.6], dtype=torch.float64)
+    numbers = torch.arange(12) if groups is None else groups
+    own, other = (oracle_targets(i, numbers, smoothing=smoothing) for i in (ids, partners))
+
+    def definition(share: Tensor) -> Tensor:
+        return reference.bank_loss(features, BANK, loss.logit_scale.exp(), share[:, None] * own + (1 - share)[:, None] * other).mean()
+
+    got = loss(features, ids, partner_caption_ids=partners, mix_weight=weight)
+    torch.testing.assert_close(got, definition(weight))
+    inputs = (features, loss.logit_scale)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(definition(weight), inputs))
+    for wrong in (1 - weight, torch.ones(7, dtype=torch.float64)):
+        assert abs(float((got - definition(wrong)).detach())) > 0.01
+    torch.testing.assert_close(loss(features, ids, partner_caption_ids=partners, mix_weight=torch.ones(7)), loss(features, ids))
+
+
+def test_padding_rows_of_mixtures_do_not_exist() -> None:
+    loss, features = make(bank=BANK), unit(3, 6)
+    features[2] = torch.nan
+    ids, partners, weight = torch.tensor([1, 2, -1]), torch.tensor([3, 4, -1]), torch.tensor([0.3, 0.8, torch.nan])
+    got = loss(features, ids, torch.tensor([True, True, False]), partner_caption_ids=partners, mix_weight=weight)
+    torch.testing.assert_close(got, loss(features[:2], ids[:2], partner_caption_ids=partners[:2], mix_weight=weight[:2]))
+
+
 def infonce_oracle(features: Tensor, ids: Tensor, groups: Tensor, scale: Tensor, *, mask: bool = True) -> Tensor:
     """Row by row: the own pair against all pairs whose caption is another one."""
     rows = []

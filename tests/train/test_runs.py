@@ -49,8 +49,13 @@ OTHER_RUN = {
     "optimizer.accumulate": 2,
     "optimizer.ema_decay": 0.0,
     "train.epochs": 1,
+    "augment.border": "reflect",
+    "augment.cutout_size": 6,
+    "augment.swap_probability": 0.5,
+    "augment.pairing": "resampled",
+    "augment.mix": "cutmix",
 }
-"""Batch statistics, muon's momentum, micro-batches, no averages."""
+"""Batch statistics, muon's momentum, micro-batches, no averages; mixtures of pairs that are new each epoch."""
 Options = Callable[..., TrainOptions]
 
 

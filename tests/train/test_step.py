@@ -58,7 +58,7 @@ def make_trainee(**changes: Any) -> Trainee:
     )
 
 
-def make_batch(size: int = 8, *, seed: int = 0, padding: int = 0) -> Batch:
+def make_batch(size: int = 8, *, seed: int = 0, padding: int = 0, mixed: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     valid = torch.arange(size) < size - padding
     return Batch(
@@ -68,6 +68,8 @@ def make_batch(size: int = 8, *, seed: int = 0, padding: int = 0) -> Batch:
         valid=valid,
         epoch=0,
         step=seed,
+        partner_caption_ids=torch.randint(CAPTIONS, (size,), generator=generator) if mixed else None,
+        mix_weight=torch.rand(size, generator=generator) if mixed else None,
     )
 
 
@@ -75,13 +77,12 @@ def parameters(trainee: Trainee) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainee.module.named_parameters()}
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_accumulated_pieces_are_the_whole_batch(pieces: int, padding: int) -> None:
-    """Also with padding, which the pieces share unevenly."""
+@pytest.mark.parametrize(("pieces", "padding", "mixed"), [(2, 0, False), (4, 3, False), (2, 3, True)])
+def test_accumulated_pieces_are_the_whole_batch(pieces: int, padding: int, mixed: bool) -> None:
+    """Also with padding, which the pieces share unevenly, and with mixtures."""
     whole, parts = make_trainee(), make_trainee(accumulate=pieces)
     for step in range(3):
-        batch = make_batch(seed=step, padding=padding)
+        batch = make_batch(seed=step, padding=padding, mixed=mixed)
         one, many = train_step(whole, batch, step=step), train_step(parts, batch, step=step)
         assert torch.allclose(one.loss, many.loss, rtol=1e-5)
         assert torch.allclose(one.grad_norm, many.grad_norm, rtol=1e-4)
@@ -108,6 +109,18 @@ def test_the_step_is_what_plain_torch_does() -> None:
         assert torch.allclose(result.grad_norm, norm, rtol=1e-5)
     for (name, mine), theirs in zip(trainee.module.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6), name
+
+
+def test_a_mixture_reaches_the_loss() -> None:
+    trainee, batch = make_trainee(), make_batch(mixed=True)
+    assert batch.partner_caption_ids is not None
+    assert batch.mix_weight is not None
+    module = make_module()
+    features = module.encode(batch.images)
+    own, other = (torch.nn.functional.one_hot(ids, CAPTIONS) for ids in (batch.caption_ids, batch.partner_caption_ids))
+    target = batch.mix_weight[:, None] * own + (1 - batch.mix_weight[:, None]) * other
+    expected = nn.functional.cross_entropy(module.loss.scale * features @ module.loss.bank.T, target)
+    assert torch.allclose(train_step(trainee, batch, step=0).loss, expected, rtol=1e-5)
 
 
 def test_no_clipping_reports_the_norm_and_keeps_the_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,26 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> No
     assert config.model == fast.model
     assert config.loss.label_smoothing == 0.0
     assert config.bank.rank == fast.bank.rank
+
+
+def test_all_of_the_augmentation_can_be_set_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    wanted = {
+        "flip_probability": 0.5,
+        "alternating_flip": True,
+        "shift_pixels": 2,
+        "border": "reflect",
+        "cutout_size": 10,
+        "swap_probability": 0.5,
+        "pairing": "resampled",
+        "mix": "cutmix",
+        "mix_alpha": 0.5,
+        "mix_probability": 0.25,
+    }
+    path.write_text("[augment]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in wanted.items()))
+    config = resolve_config(TrainOptions(preset="fast", config=path))
+    assert wanted.items() <= dataclasses.asdict(config.augment).items()
+    assert resolve_config(TrainOptions(preset="fast", config=path, loss="infonce")).augment.mix == "none"
 
 
 def test_the_file_may_name_the_preset_and_the_flag_beats_it(tmp_path: Path) -> None:
