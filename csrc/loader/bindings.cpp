@@ -119,15 +119,6 @@ void new_filler(PyFiller* self, int height, int width, int tiles, std::tuple<flo
   new (self) PyFiller(settings, tiles, threads, isa);
 }
 
-nb::ndarray<nb::numpy, std::int64_t, nb::ndim<1>> permutation(std::int64_t count, std::uint64_t seed, std::uint32_t epoch,
-                                                              std::uint32_t tile, std::uint32_t stream) {
-  auto order = std::make_unique<std::vector<std::int64_t>>(keyed_permutation(count, seed, epoch, tile, stream));
-  const std::size_t size = order->size();
-  std::int64_t* const data = order->data();
-  const nb::capsule owner(order.release(), [](void* memory) noexcept { delete static_cast<std::vector<std::int64_t>*>(memory); });
-  return {data, {size}, owner};
-}
-
 }  // namespace
 
 void bind(nb::module_& module) {
@@ -136,7 +127,11 @@ void bind(nb::module_& module) {
   module.def(
       "decoder_library", [](const std::string& encoding) { return decoder_library(encoding_named(encoding)); }, "encoding"_a,
       nb::sig("def decoder_library(encoding: str) -> str | None"));
-  module.def("keyed_permutation", &permutation, nb::kw_only(), "count"_a, "seed"_a, "epoch"_a, "tile"_a, "stream"_a);
+  module.def(
+      "keyed_permutation",
+      [](const Array<std::int64_t, nb::ndim<1>>& order, std::uint64_t seed, std::uint32_t epoch, std::uint32_t tile,
+         std::uint32_t stream) { keyed_permutation(seed, epoch, tile, stream, view(order)); },
+      "order"_a, nb::kw_only(), "seed"_a, "epoch"_a, "tile"_a, "stream"_a);
   module.def(
       "parameter_table",
       [](const Numbers& ids, const Sources& sources, const Array<float, nb::ndim<3>>& table, std::uint64_t seed,

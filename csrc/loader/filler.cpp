@@ -111,7 +111,8 @@ Outcome Filler::fill(const Records& records, std::span<const std::int64_t> sourc
     TileSource at(std::int64_t sample, int tile) const { return {records.bytes(sample).data() + tile * tile_bytes, row_bytes}; }
   };
   const std::ptrdiff_t row_bytes = 3L * settings_.width;
-  return fill_from(RawTiles{records, row_bytes, row_bytes * settings_.height, picture_bytes()}, records.size() * tiles_, sources, table, out);
+  return fill_from(RawTiles{records, row_bytes, row_bytes * settings_.height, picture_bytes()}, records.size() * tiles_, sources,
+                   table, out);
 }
 
 Outcome Filler::fill(std::span<const std::uint8_t> pictures, std::span<const std::int64_t> sources, std::span<const float> table,

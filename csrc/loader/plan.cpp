@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
+#include <vector>
 
 #include "loader/philox.h"
 #include "loader/tile.h"
@@ -23,9 +24,9 @@ std::uint32_t word(std::int64_t value) { return static_cast<std::uint32_t>(value
 
 }  // namespace
 
-std::vector<std::int64_t> keyed_permutation(std::int64_t count, std::uint64_t seed, std::uint32_t epoch, std::uint32_t tile,
-                                            std::uint32_t stream) {
-  if (count < 0) throw std::invalid_argument("a negative count");
+void keyed_permutation(std::uint64_t seed, std::uint32_t epoch, std::uint32_t tile, std::uint32_t stream,
+                       std::span<std::int64_t> order) {
+  const auto count = static_cast<std::int64_t>(order.size());
   // The keys are uniform: their upper bits put each into a bucket of about one, and what is left to sort is next to nothing.
   const int bits = std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(count))), 1, kMostBucketBits);
   std::vector<Keyed> drawn(count), sorted(count);
@@ -40,9 +41,7 @@ std::vector<std::int64_t> keyed_permutation(std::int64_t count, std::uint64_t se
   std::int64_t begin = 0;
   for (std::size_t bucket = 0; bucket + 1 < ends.size(); begin = ends[bucket++])
     if (ends[bucket] - begin > 1) std::sort(sorted.begin() + begin, sorted.begin() + ends[bucket]);
-  std::vector<std::int64_t> order(count);
   for (std::int64_t i = 0; i < count; ++i) order[i] = sorted[i].number;
-  return order;
 }
 
 void parameter_table(std::span<const std::int64_t> ids, std::span<const std::int64_t> sources, const Ranges& ranges,

@@ -3,16 +3,15 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
 
 namespace pairclip::loader {
 
 // `Stream` of data/plan.py: last word of a Philox counter (epoch, id, tile, stream).
 enum class Stream : std::uint32_t { order = 0, colour = 1, geometry = 2, cutout = 3, flip_phase = 4 };
 
-// 0..count-1 sorted by a 64-bit random key each, ties by number.
-std::vector<std::int64_t> keyed_permutation(std::int64_t count, std::uint64_t seed, std::uint32_t epoch, std::uint32_t tile,
-                                            std::uint32_t stream);
+// Fills `order` with 0..size-1 sorted by a 64-bit random key each, ties by number.
+void keyed_permutation(std::uint64_t seed, std::uint32_t epoch, std::uint32_t tile, std::uint32_t stream,
+                       std::span<std::int64_t> order);
 
 // Ranges of the random parameters (`AugmentConfig`).
 struct Ranges {

@@ -25,6 +25,8 @@ constexpr float kLuma[3] = {0.299f, 0.587f, 0.114f};  // ITU-R BT.601; the kerne
 constexpr double kContrastCentre = 128.0, kWhite = 255.0;
 constexpr double kDegree = 3.14159265358979323846 / 180.0;
 
+constexpr int kFarthest = 1 << 24;  // sums of two fit into an int, and a float holds every whole number up to here
+
 // A table is only data: NaN and infinities must not become indices.
 int whole(float value, int limit) {
   if (!(value > static_cast<float>(-limit))) return -limit;
@@ -52,6 +54,8 @@ TileJob resolve(const TileSettings& settings, const TileSource& source, const Ti
   const double radians = static_cast<double>(row[kAngle]) * kDegree;
   job.cosine = static_cast<float>(std::cos(radians));
   job.sine = static_cast<float>(std::sin(radians));
+  job.moved_x = static_cast<float>(whole(row[kShiftX], kFarthest));
+  job.moved_y = static_cast<float>(whole(row[kShiftY], kFarthest));
   job.shift_x = whole(row[kShiftX], 2 * settings.width);
   job.shift_y = whole(row[kShiftY], 2 * settings.height);
   const double brightness = row[kBrightness], contrast = row[kContrast], saturation = row[kSaturation];
@@ -69,8 +73,7 @@ TileJob resolve(const TileSettings& settings, const TileSource& source, const Ti
 }
 
 void cut_out(const TileSettings& settings, const TileTarget& target, const float* row) {
-  const int reach = settings.height + settings.width;
-  const int size = whole(row[kCutSize], reach), x = whole(row[kCutX], reach), y = whole(row[kCutY], reach);
+  const int size = whole(row[kCutSize], kFarthest), x = whole(row[kCutX], kFarthest), y = whole(row[kCutY], kFarthest);
   const int left = std::max(x, 0), right = std::min(x + size, settings.width);
   const int top = std::max(y, 0), bottom = std::min(y + size, settings.height);
   if (left >= right) return;

@@ -45,8 +45,10 @@ struct TileJob {
   int height, width;
   Border border;
   bool bf16, rotated, recoloured, flip;
-  float cosine, sine;    // rotated: source = R (destination - centre - shift) + centre
-  int shift_x, shift_y;  // within two sides of the tile: further away nothing changes any more
+  // Rotated: source = R (destination - centre - moved) + centre.
+  float cosine, sine, moved_x, moved_y;
+  // Not rotated: the same shift within two sides of the tile; beyond that nothing changes any more.
+  int shift_x, shift_y;
   // out = clamp(gain x + grey luma(x) + offset, low, high): colour and normalisation as one affine map per channel.
   float gain[3], grey[3], offset[3], low[3], high[3];
 };

@@ -130,14 +130,14 @@ void rotate_zero(const TileJob& job, std::uint32_t* table) {
   const float centre_x = 0.5f * static_cast<float>(width - 1), centre_y = 0.5f * static_cast<float>(height - 1);
   const Floats most_x = spread(static_cast<float>(width + kPad) + 0.5f),
                most_y = spread(static_cast<float>(height + kPad) + 0.5f);
-  const float direction = job.flip ? -1.0f : 1.0f, shift_x = static_cast<float>(job.shift_x);
+  const float direction = job.flip ? -1.0f : 1.0f;
   for (int x = 0; x < width; x += kLanes) {
     // Positions are counted from the corner of the padding: they are not negative, so truncation is floor.
-    const Floats dx = (ramp() + (static_cast<float>(x) - centre_x)) * direction - shift_x;
+    const Floats dx = (ramp() + (static_cast<float>(x) - centre_x)) * direction - job.moved_x;
     const Floats from_x = dx * job.cosine + (centre_x + kPad), from_y = dx * job.sine + (centre_y + kPad);
     const int count = width - x < kLanes ? width - x : kLanes;
     for (int y = 0; y < height; ++y) {
-      const float dy = static_cast<float>(y) - centre_y - static_cast<float>(job.shift_y);
+      const float dy = static_cast<float>(y) - centre_y - job.moved_y;
       const Floats at_x = smaller(larger(from_x - job.sine * dy, Floats{}), most_x);
       const Floats at_y = smaller(larger(from_y + job.cosine * dy, Floats{}), most_y);
       const Ints column = truncated(at_x), row = truncated(at_y);
@@ -159,11 +159,11 @@ void rotate_reflect(const TileJob& job, std::uint32_t* table) {
   const float centre_x = 0.5f * static_cast<float>(width - 1), centre_y = 0.5f * static_cast<float>(height - 1);
   // Beyond three sides a mirrored tap is a corner wherever it is.
   const float reach = 4.0f * static_cast<float>(height + width);
-  const float direction = job.flip ? -1.0f : 1.0f, shift_x = static_cast<float>(job.shift_x);
+  const float direction = job.flip ? -1.0f : 1.0f;
   for (int y = 0; y < height; ++y) {
-    const float dy = static_cast<float>(y) - centre_y - static_cast<float>(job.shift_y);
+    const float dy = static_cast<float>(y) - centre_y - job.moved_y;
     for (int x = 0; x < width; x += kLanes) {
-      const Floats dx = (ramp() + (static_cast<float>(x) - centre_x)) * direction - shift_x;
+      const Floats dx = (ramp() + (static_cast<float>(x) - centre_x)) * direction - job.moved_x;
       // Counted from far outside, so that truncation is floor.
       const Floats at_x = smaller(larger(dx * job.cosine + (centre_x - job.sine * dy), spread(-reach)), spread(reach));
       const Floats at_y = smaller(larger(dx * job.sine + (centre_y + job.cosine * dy), spread(-reach)), spread(reach));

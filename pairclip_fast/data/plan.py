@@ -141,7 +141,8 @@ def keyed_permutation(count: int, *, seed: int, epoch: int, tile: int, stream: S
     """
     module = native().module
     if module is not None:
-        order: NDArray[np.int64] = module.keyed_permutation(count=count, seed=seed, epoch=epoch, tile=tile, stream=int(stream))
+        order = np.empty(count, dtype=np.int64)
+        module.keyed_permutation(order, seed=seed, epoch=epoch, tile=tile, stream=int(stream))
         return order
     return keyed_permutation_in_numpy(count, seed=seed, epoch=epoch, tile=tile, stream=stream)
 

@@ -108,15 +108,17 @@ def _fits(records: npt.NDArray[Any], entry: ShardEntry, *, num_captions: int) ->
 def derive_records(buffer: memoryview, members: Sequence[Member], *, num_captions: int, where: object) -> list[Record]:
     """The records of a shard from its members: payload, JSON and caption of each sample.
 
+    Nothing of `buffer` is held, not even by an exception, so that it can be unmapped.
+
     Raises:
         DataError: a JSON member is damaged, or a caption id is out of range.
     """
     decoder, records = msgspec.json.Decoder(CaptionFacts), []
     for payload, facts in zip(members[0::3], members[1::3], strict=False):
-        data = buffer[payload.offset : payload.offset + payload.size]
+        data = bytes(buffer[payload.offset : payload.offset + payload.size])
         key = f"{where}: {payload.name.split('.', 1)[0]}"
         try:
-            caption_id = decoder.decode(buffer[facts.offset : facts.offset + facts.size]).caption_id
+            caption_id = decoder.decode(bytes(buffer[facts.offset : facts.offset + facts.size])).caption_id
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise DataError("a sample's JSON is damaged", where=key, got=error, fix=REBUILD) from error
         if not 0 <= caption_id < num_captions:
