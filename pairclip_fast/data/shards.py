@@ -125,16 +125,18 @@ class ShardReader:
         """
         return self.decoded(sample_id, self.payload(sample_id))
 
-    def check(self, sample_id: int, data: memoryview) -> None:
-        """Compare a payload with its checksum.
+    def check(self, sample_ids: Ints) -> None:
+        """Compare payloads with their checksums, and raw ones with their size; any shape of ids, each once.
 
         Raises:
-            BadRecordError: they differ.
+            BadRecordError: one differs.
         """
-        expected = int(self.records.checksums[sample_id])
-        if (got := zlib.crc32(data)) != expected:
-            what, where = "a record's bytes have changed", self.location(sample_id)
-            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
+        whole = int(np.prod(self.tile_shape))
+        for sample_id in np.unique(sample_ids).tolist():
+            data = self.payload(sample_id)
+            self._check_sum(sample_id, data)
+            if self.manifest.encoding == "raw" and len(data) != whole:
+                self.decoded(sample_id, data)
 
     def decoded(self, sample_id: int, data: memoryview) -> npt.NDArray[np.uint8]:
         """`tiles` of a payload that was read by somebody else.
@@ -142,7 +144,7 @@ class ShardReader:
         Raises:
             BadRecordError: the payload has changed, is damaged or of another size.
         """
-        self.check(sample_id, data)
+        self._check_sum(sample_id, data)
         where = self.location(sample_id)
         try:
             return decode_payload(data, self.manifest, where=where)
@@ -186,6 +188,12 @@ class ShardReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _check_sum(self, sample_id: int, data: memoryview) -> None:
+        expected = int(self.records.checksums[sample_id])
+        if (got := zlib.crc32(data)) != expected:
+            what, where = "a record's bytes have changed", self.location(sample_id)
+            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
 
     def _shard_of(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):

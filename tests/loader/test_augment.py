@@ -30,7 +30,8 @@ def in_pixel_units(images: torch.Tensor) -> np.ndarray:
 
 
 def run(tiles: np.ndarray, table: np.ndarray, *, border: Border = "zero") -> np.ndarray:
-    return in_pixel_units(augment_tiles(torch.from_numpy(tiles), torch.from_numpy(table), mean=MEAN, std=STD, border=border))
+    planes = torch.from_numpy(tiles).permute(0, 1, 4, 2, 3)
+    return in_pixel_units(augment_tiles(planes, torch.from_numpy(table), mean=MEAN, std=STD, border=border))
 
 
 def random_case(

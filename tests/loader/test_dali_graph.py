@@ -20,7 +20,7 @@ from pairclip_fast.data.loader import make_loader
 from pairclip_fast.data.parameters import Column, identity_table
 from pairclip_fast.errors import EnvironmentLackingError
 
-dali = pytest.importorskip("pairclip_fast.data.backends.dali")
+dali = pytest.importorskip("pairclip_fast.data.backends.dali_graph")
 
 ALL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 GEOMETRY = {"WarpAffine": 2, "CropMirrorNormalize": 2, "_TensorSubscript": 2, "Cat": 1}
@@ -36,7 +36,14 @@ CASES = {
         {**COLOUR, "CropMirrorNormalize": 2, "_TensorSubscript": 2, "Cat": 1, "ExternalSource": 5},
     ),
     "nothing": (AugmentConfig(), {"CropMirrorNormalize": 2, "_TensorSubscript": 2, "Cat": 1, "ExternalSource": 1}),
+    "mirrored border and cutout": (
+        AugmentConfig(shift_pixels=3, border="reflect", cutout_size=8),
+        # Per tile and axis one flip, two slices and one Cat make the mirrored pixels.
+        {"Flip": 4, "Slice": 2, "CropMirrorNormalize": 2, "Erase": 2, "_TensorSubscript": 10, "Cat": 5, "ExternalSource": 7},
+    ),
 }
+MOVES = {"fixed": 1, "resampled": 2}
+"""Pairing: encoded pictures per row."""
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -81,26 +88,54 @@ def make_spec(augment: AugmentConfig, encoding: str) -> Any:
     return dali.GraphSpec(encoding=encoding, tiles=2, height=32, width=32, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), augment=augment)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
-@pytest.mark.parametrize("case", CASES)
-def test_the_gpu_graph_is_the_cpu_graph(case: str, encoding: str) -> None:
+def check(spec: Any, expected: dict[str, int]) -> None:
+    """The same operators on CPU and GPU, all of them registered; on the GPU only parameters and encoded bytes are elsewhere."""
     from nvidia.dali import backend
 
-    augment, expected = CASES[case]
-    if encoding != "raw":
-        expected = {**expected, "decoders__Image": 1}
-    spec = make_spec(augment, encoding)
     cpu, gpu = operators(spec, "cpu"), operators(spec, "gpu")
     assert Counter(name for name, _ in cpu) == Counter(name for name, _ in gpu) == expected
     registered = {"cpu": backend.RegisteredCPUOps(), "gpu": backend.RegisteredGPUOps(), "mixed": backend.RegisteredMixedOps()}
     for name, device in cpu + gpu:
         assert name in registered[device], f"{name} has no {device} implementation"
     assert {device for _, device in cpu} == {"cpu"}
-    # On the GPU everything is there but parameters and encoded bytes.
-    pixels = 1 if encoding == "raw" else 0
-    by_device = Counter(device for _, device in gpu)
-    assert by_device["cpu"] == expected["ExternalSource"] - pixels
-    assert by_device["mixed"] == 1 - pixels
+    by_device = {kind: {name for name, device in gpu if device == kind} for kind in registered}
+    assert by_device["cpu"] <= {"ExternalSource", "_Shape"}
+    assert by_device["mixed"] <= {"decoders__Image"}
+    if spec.encoding == "raw":
+        assert Counter(device for name, device in gpu if name == "ExternalSource")["gpu"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_gpu_graph_is_the_cpu_graph(case: str, encoding: str) -> None:
+    augment, expected = CASES[case]
+    if encoding != "raw":
+        expected = {**expected, "decoders__Image": 1, "_Shape": 1}
+    check(make_spec(augment, encoding), expected)
+
+
+@pytest.mark.parametrize("pairing", MOVES)
+def test_tiles_that_move_are_sliced_where_they_are(pairing: str) -> None:
+    augment, pictures = AugmentConfig(pairing=pairing, swap_probability=0.5), MOVES[pairing]  # type: ignore[arg-type]
+    nothing = CASES["nothing"][1]
+    check(make_spec(augment, "raw"), nothing)
+    expected = {**nothing, "Slice": 2, "decoders__Image": pictures, "_Shape": pictures, "ExternalSource": 2 + pictures}
+    del expected["_TensorSubscript"]
+    check(make_spec(augment, "png"), expected)
+
+
+@pytest.mark.parametrize(
+    ("augment", "reach"),
+    [
+        (AugmentConfig(shift_pixels=3), (0, 0)),
+        (AugmentConfig(shift_pixels=3, border="reflect"), (4, 4)),
+        (AugmentConfig(rotate_degrees=180.0, border="reflect"), (8, 8)),  # half the diagonal less half the side, and a tap
+        (AugmentConfig(rotate_degrees=180.0, shift_pixels=16, border="reflect"), (31, 31)),
+        (AugmentConfig(border="reflect"), (0, 0)),
+    ],
+)
+def test_no_more_is_mirrored_than_can_be_seen(augment: AugmentConfig, reach: tuple[int, int]) -> None:
+    assert make_spec(augment, "raw").reach == reach
 
 
 def test_the_check_would_notice_an_operator_without_gpu_implementation() -> None:

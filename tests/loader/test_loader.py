@@ -208,7 +208,9 @@ def test_any_number_and_size_of_tiles(
         ids = batch.sample_ids.numpy()
         sources = own_tiles(ids, tiles=tiles)
         table = torch.from_numpy(parameter_table(ids, sources, tile_size=(height, width), seed=5, epoch=0, augment=FULL))
-        expected = augment_tiles(torch.from_numpy(pixels[ids]), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0))
+        expected = augment_tiles(
+            torch.from_numpy(pixels[ids]).permute(0, 1, 4, 2, 3), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0)
+        )
         assert ((batch.images - expected).abs() * STD).max() < 0.05
 
 

@@ -140,7 +140,7 @@ def test_sources_may_come_from_anywhere() -> None:
     tiles, _ = random_case(None, batch=20)
     sources = np.random.default_rng(0).integers(0, 40, (33, 2))
     table = parameter_table(np.arange(33), sources, tile_size=(32, 32), seed=0, epoch=0, augment=FULL)
-    wanted = augment_tiles(torch.from_numpy(tiles.reshape(40, 32, 32, 3)[sources]), torch.from_numpy(table), mean=MEAN, std=STD)
+    wanted = augment_tiles(torch.from_numpy(tiles.reshape(40, 32, 32, 3)[sources]).permute(0, 1, 4, 2, 3), torch.from_numpy(table), mean=MEAN, std=STD)
     got = fill(tiles, table, sources=sources)
     assert ((got - wanted).abs() < TOLERANCE / 60).all()
     from_pictures = torch.empty_like(got)

@@ -16,6 +16,7 @@ from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import recipe
 from pairclip_fast.data.composition import Composition
 from pairclip_fast.data.loader import Batch, Loader, dali_installed, make_loader
+from pairclip_fast.data.parameters import own_tiles, parameter_table
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import DataError
@@ -243,3 +244,39 @@ def test_a_state_of_another_augmentation_is_refused(change: dict[str, object], o
     other = open_loader("reference", augment=dataclasses.replace(MIXED["cutmix"], **change))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="augment"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("rotate_degrees", [0.0, 30.0])
+@pytest.mark.parametrize(("tiles", "height", "width"), [(1, 6, 9), (4, 24, 16), (2, 1, 5)])
+def test_mirrored_borders_of_any_tile(
+    tiles: int, height: int, width: int, rotate_degrees: float, backend: str, make_folder: Callable[..., Path], open_loader: Open
+) -> None:
+    """Also where the shift is larger than the tile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, tiles, height, width, 3), dtype=np.uint8)
+    augment = AugmentConfig(shift_pixels=16, rotate_degrees=rotate_degrees, border="reflect", cutout_size=4, flip_probability=0.5)
+    loader = open_loader(backend, folder=make_folder(pixels, encoding="png"), batch_size=4, augment=augment)
+    for batch in loader:
+        ids = batch.sample_ids.numpy()
+        sources = own_tiles(ids, tiles=tiles)
+        table = parameter_table(ids, sources, tile_size=(height, width), seed=5, epoch=0, augment=augment)
+        expected = oracle(pixels[ids], table, border="reflect")[batch.valid.numpy()]
+        assert abs(pixels_of([batch]) - expected).max() < TOLERANCE
+
+
+def test_dali_goes_on_after_a_bad_picture(make_folder: Callable[..., Path], pixels: np.ndarray, open_loader: Open) -> None:
+    pytest.importorskip("nvidia.dali")
+    folder = make_folder(pixels[:30], encoding="png")
+    with ShardReader(folder, "train") as reader:
+        offset = int(reader.spans["png"].offsets[17])
+    with (folder / "train" / "000000.tar").open("r+b") as shard:
+        shard.seek(offset)
+        shard.write(b"\0" * 60)
+    loader = open_loader("dali", folder=folder, batch_size=1, augment=None, shuffle=False)
+    reference = make_folder(pixels[:30], encoding="png")
+    expected = pixels_of(list(open_loader("reference", folder=reference, batch_size=1, augment=None, shuffle=False)))
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert "000000017" in str(caught.value.where)
+    assert loader.state_dict()["cursor"] == 17
+    loader.load_state_dict({**loader.state_dict(), "cursor": 18})
+    assert abs(pixels_of(list(loader)) - expected[18:]).max() < 1e-3

@@ -14,6 +14,7 @@ from torch import Tensor
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.backends.pictures import PictureStore
+from pairclip_fast.data.backends.raw_tiles import RawTiles
 from pairclip_fast.data.shards import ShardReader
 
 
@@ -27,6 +28,7 @@ class MappedExecutor:
         self._reader, self._device = reader, device
         self._border = (augment or AugmentConfig()).border
         self._raw_bytes_read = 0
+        self._raw = RawTiles(reader)
         self._pictures = None if reader.manifest.encoding == "raw" else PictureStore(reader, num_threads=num_threads)
 
     @property
@@ -36,11 +38,12 @@ class MappedExecutor:
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        tiles = torch.from_numpy(self._tiles(sources)).to(self._device)
+        tiles = torch.from_numpy(self._tiles(sources)).permute(0, 1, 4, 2, 3).contiguous().to(self._device)
         manifest = self._reader.manifest
         return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=manifest.mean, std=manifest.std)
 
     def close(self) -> None:
+        self._raw.close()
         if self._pictures is not None:
             self._pictures.close()
 
@@ -51,7 +54,6 @@ class MappedExecutor:
             height, stacked_width, channels = pictures.shape[1:]
             apart = pictures.reshape(len(pictures), height, count, stacked_width // count, channels)
             return apart[places // count, :, places % count]
-        samples, places = np.unique(sources // count, return_inverse=True)
-        whole = self._reader.tiles_of(samples)
-        self._raw_bytes_read += whole.nbytes
-        return whole[places.reshape(sources.shape), sources % count]
+        tiles = self._raw.gather(sources)
+        self._raw_bytes_read += tiles.nbytes
+        return tiles

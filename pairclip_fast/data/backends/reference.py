@@ -51,9 +51,9 @@ class ReferenceExecutor:
     def close(self) -> None:
         self._tiles = self._tiles[:0].clone()
 
-    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources height width 3"]:
+    def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources 3 height width"]:
         manifest = reader.manifest
-        tiles = np.empty((len(reader), *reader.tile_shape), dtype=np.uint8)
+        tiles = np.empty((len(reader), manifest.tiles, 3, manifest.tile_height, manifest.tile_width), dtype=np.uint8)
         position = 0
         progress = events.progress(f"reading {reader.split}", len(reader), unit="pairs")
         with contextlib.closing(_samples(reader)) as samples, progress as advance:
@@ -64,7 +64,8 @@ class ReferenceExecutor:
                     got = ", ".join(key for key in sample if not key.startswith("__"))
                     raise DataError("a shard does not match the manifest", where=where, expected=expected, got=got, fix=REBUILD)
                 try:
-                    tiles[position] = reader.decoded(position, memoryview(sample[manifest.extension]))
+                    decoded = reader.decoded(position, memoryview(sample[manifest.extension]))
+                    tiles[position] = decoded.transpose(0, 3, 1, 2)
                 except BadRecordError as error:  # told when the sample is asked for, as by every other backend
                     self._bad[position] = error
                 self.bytes_read += len(sample[manifest.extension])
