@@ -58,7 +58,9 @@ class BadRecords:
         most = max(1, int(BAD_SHARE * len(self._reader)))
         if len(self._bad) > most:
             expected = f"at most {most:,} of {len(self._reader):,}"
-            raise DataError("too many bad records", where=self._reader.split, expected=expected, got=len(self._bad), fix=error.fix) from error
+            raise DataError(
+                "too many bad records", where=self._reader.split, expected=expected, got=len(self._bad), fix=error.fix
+            ) from error
 
     def replaced(self, sources: Ints) -> tuple[Ints, NDArray[np.bool_]]:
         """Sources without bad records, and which rows [batch] had some and are to be left out."""

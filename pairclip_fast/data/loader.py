@@ -31,6 +31,7 @@ from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.recipe import Recipe
 from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.data.stats import LoaderStats
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
 from pairclip_fast.native import native
@@ -65,28 +66,6 @@ class Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return Batch(**values)
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class LoaderStats:
-    """Sums since the loader was made."""
-
-    batches: int = 0
-    """Delivered."""
-    samples: int = 0
-    """Delivered, without padding."""
-    wait_s: float = 0.0
-    """The consumer waited for a batch."""
-    ready: int = 0
-    """Batches that were ready, summed over the moments at which one was asked for."""
-    fill_s: float = 0.0
-    """Batches were made, on the clock."""
-    fill_cpu_s: float = 0.0
-    """CPU time of that: of the thread that makes them, and of the backend's own threads where they are counted."""
-    bytes_read: int = 0
-    """Payload taken from the shards."""
-    bad_records: int = 0
-    """Samples that were left out or replaced, each counted once."""
 
 
 @runtime_checkable

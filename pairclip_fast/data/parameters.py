@@ -99,7 +99,9 @@ def parameter_table(
     table = np.empty((*sources.shape, len(Column)), dtype=np.float32)
     ranges = {name: getattr(augment, name) for name in RANGES}
     height, width = tile_size
-    module.parameter_table(ids, sources, table, seed=seed, epoch=epoch, stream_offset=PARTNER * partner, height=height, width=width, **ranges)
+    module.parameter_table(
+        ids, sources, table, seed=seed, epoch=epoch, stream_offset=PARTNER * partner, height=height, width=width, **ranges
+    )
     return table
 
 

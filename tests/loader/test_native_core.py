@@ -72,7 +72,9 @@ def test_equals_the_oracle(name: str, border: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("config", [FULL, CONFIGS["colour, flip and shift"]], ids=["rotated", "not rotated"])
-@pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 16, 16), (3, 24, 40), (2, 31, 17), (2, 5, 7), (2, 1, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("tiles", "height", "width"), [(1, 32, 32), (4, 16, 16), (3, 24, 40), (2, 31, 17), (2, 5, 7), (2, 1, 3), (1, 1, 1)]
+)
 def test_other_tile_counts_and_sizes(config: AugmentConfig, tiles: int, height: int, width: int, border: str, isa: str) -> None:
     pixels, table = random_case(config, batch=4, tiles=tiles, height=height, width=width)
     result = run(pixels, table, border=border, isa=isa)
@@ -140,7 +142,9 @@ def test_sources_may_come_from_anywhere() -> None:
     tiles, _ = random_case(None, batch=20)
     sources = np.random.default_rng(0).integers(0, 40, (33, 2))
     table = parameter_table(np.arange(33), sources, tile_size=(32, 32), seed=0, epoch=0, augment=FULL)
-    wanted = augment_tiles(torch.from_numpy(tiles.reshape(40, 32, 32, 3)[sources]).permute(0, 1, 4, 2, 3), torch.from_numpy(table), mean=MEAN, std=STD)
+    wanted = augment_tiles(
+        torch.from_numpy(tiles.reshape(40, 32, 32, 3)[sources]).permute(0, 1, 4, 2, 3), torch.from_numpy(table), mean=MEAN, std=STD
+    )
     got = fill(tiles, table, sources=sources)
     assert ((got - wanted).abs() < TOLERANCE / 60).all()
     from_pictures = torch.empty_like(got)

@@ -48,7 +48,9 @@ class PictureStore:
         self._there = np.zeros(len(reader), dtype=np.bool_)
         self._threads = ThreadPoolExecutor(num_threads, "pairclip-pillow") if num_threads > 1 else None
 
-    def of(self, sources: Int64[np.ndarray, "batch tiles"]) -> tuple[UInt8[np.ndarray, "n height width 3"], Int64[np.ndarray, "batch tiles"]]:
+    def of(
+        self, sources: Int64[np.ndarray, "batch tiles"]
+    ) -> tuple[UInt8[np.ndarray, "n height width 3"], Int64[np.ndarray, "batch tiles"]]:
         """Pictures that hold the tiles `sources`, and where in these pictures they are, counted in the same way.
 
         Raises:
