@@ -69,11 +69,13 @@ class BadRecords:
         if not self._bad:
             return sources, skipped
         samples = sources // tiles
-        bad = np.isin(samples, list(self._bad))
+        bad: NDArray[np.bool_] = np.isin(samples, list(self._bad))
         if not bad.any():
             return sources, skipped
+        if self._policy == "skip":
+            skipped = np.asarray(bad.any(axis=1))
         good = np.array([self._good(sample) for sample in samples.ravel().tolist()], dtype=np.int64).reshape(samples.shape)
-        return good * tiles + sources % tiles, bad.any(axis=1) if self._policy == "skip" else skipped
+        return good * tiles + sources % tiles, skipped
 
     def state(self) -> str:
         """The ids, for a loader's state."""

@@ -224,7 +224,7 @@ class PlannedLoader:
         rows = self._recipe.rows(ids, epoch=epoch)
         sources, skipped = self._bad_records.replaced(rows.sources)
         images = self._executor.fill(sources, rows.table)
-        columns = {"caption_ids": rows.caption_ids, "sample_ids": ids}
+        columns: dict[str, NDArray[Any]] = {"caption_ids": rows.caption_ids, "sample_ids": ids}
         if self._recipe.augment.mix != "none":
             columns |= self._mix(images, ids, skipped, epoch=epoch, cursor=cursor)
         columns["valid"] = valid & ~skipped

@@ -210,7 +210,7 @@ def test_records_outside_their_shard_are_refused() -> None:
         ([1, 1], [0], [1]),
         ([0, 1], [0, 0], [1]),
     ):
-        with pytest.raises(ValueError, match="record|shards|tables"):
+        with pytest.raises(ValueError, match=r"record|shards|tables"):
             make(starts, offsets, sizes)
 
 

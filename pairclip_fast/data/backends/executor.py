@@ -19,10 +19,14 @@ class Executor(Protocol):
     """A backend. It is used by one thread at a time."""
 
     name: str
-    bytes_read: int
-    """Payload bytes taken from the shards so far."""
-    helper_cpu_s: float
-    """CPU seconds so far of the backend's own threads, where it can tell; the thread that calls `fill` is not among them."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Payload bytes taken from the shards so far."""
+
+    @property
+    def helper_cpu_s(self) -> float:
+        """CPU seconds so far of the backend's own threads, where it can tell; the thread that calls `fill` is not among them."""
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
