@@ -7,11 +7,15 @@
 
 namespace nb = nanobind;
 
+namespace pairclip::loader {
+void bind(nb::module_& module);
+}
+
 NB_MODULE(_native, module) {
   module.doc() = "C++ core of pairclip-fast; `pairclip_fast.native` is its one importer.";
   module.def(
       "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
-
   nb::module_ kernels = module.def_submodule("kernels");
   pairclip::kernels::bind(kernels);
+  pairclip::loader::bind(module);
 }

@@ -244,6 +244,8 @@ class TrainConfig:
     """Where to train."""
     loader: Literal["auto", "native", "dali", "reference"] = "auto"
     """Which loader feeds the training."""
+    on_bad_record: Literal["raise", "skip", "substitute"] = "raise"
+    """A record that has changed on disk or cannot be decoded: stop, leave its rows out, or take the next good sample."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     save_minutes: float = 5.0

@@ -18,7 +18,7 @@ from pairclip_fast.storage import FileSystem, commit_folder, storage_errors
 
 SPACE_RESERVE_BYTES = 64 << 20
 """Left free on the disk."""
-SHARD_FILE = re.compile(r"[0-9]{6}\.(tar|idx)")
+SHARD_FILE = re.compile(r"[0-9]{6}\.(tar|idx|records)")
 
 
 def refuse_foreign_folder(out: Path) -> None:

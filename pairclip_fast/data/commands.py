@@ -12,6 +12,7 @@ from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_not
 from pairclip_fast.data.index import check_shard_size
 from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.records import record_index_size
 from pairclip_fast.data.sources import locate, open_source
 from pairclip_fast.data.verify import verify_folder
 from pairclip_fast.data.writer import ShardFormat, bytes_needed
@@ -66,7 +67,8 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     else:
         action = "unchanged"
     seconds = time.monotonic() - started
-    size = sum(shard.bytes + shard.index_bytes for split in manifest.splits.values() for shard in split.shards)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    size = sum(shard.bytes + shard.index_bytes + record_index_size(shard.count) for shard in shards)
     return {**summary, "action": action, "bytes": size, "digest": manifest.digest, "seconds": round(seconds, 3)}
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,20 +24,24 @@ from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends.executor import DrawingExecutor, Executor
+from pairclip_fast.data.backends.pictures import usable_threads
+from pairclip_fast.data.bad_records import BadRecords, Policy
 from pairclip_fast.data.mixing import blend
 from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.recipe import Recipe
-from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.data.stats import LoaderStats
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.native import native
 
 Ints = NDArray[np.int64]
 STATE_VERSION = 1
 PREFETCH_BATCHES = 2
 BACKENDS = ("auto", "native", "dali", "reference")
-MAX_DALI_THREADS = 8
+MAX_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,22 +69,6 @@ class Batch:
         return Batch(**values)
 
 
-@dataclasses.dataclass(kw_only=True, slots=True)
-class LoaderStats:
-    """Sums since the loader was made."""
-
-    batches: int = 0
-    """Delivered."""
-    samples: int = 0
-    """Delivered, without padding."""
-    wait_s: float = 0.0
-    """The consumer waited for a batch."""
-    fill_s: float = 0.0
-    """The backend was at work."""
-    bytes_read: int = 0
-    """Payload taken from the shards."""
-
-
 @runtime_checkable
 class Loader(Protocol):
     """Batches of one split."""
@@ -100,7 +87,9 @@ class Loader(Protocol):
         """Steps of a whole epoch."""
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position after the last delivered batch, and what it is a position in; under 300 bytes as JSON."""
+        """The position after the last delivered batch, what it is a position in, and the bad records; under 300 bytes as JSON,
+        but for the latter.
+        """
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Continue from `state`. Raises DataError if it belongs to other data or another order."""
@@ -115,11 +104,21 @@ class Loader(Protocol):
 class PlannedLoader:
     """A `Loader` over any executor."""
 
-    def __init__(self, executor: Executor, *, reader: ShardReader, plan: Plan, augment: AugmentConfig | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        reader: ShardReader,
+        plan: Plan,
+        augment: AugmentConfig | None,
+        device: torch.device,
+        bad_records: BadRecords,
+    ) -> None:
         self.stats = LoaderStats()
         self.backend = executor.name
         self._executor, self._reader, self._plan, self._augment, self._device = executor, reader, plan, augment, device
-        self._recipe = Recipe.of(reader.manifest, reader.caption_ids, plan=plan, augment=augment)
+        self._bad_records = bad_records
+        self._recipe = Recipe.of(reader.manifest, bad_records.caption_ids, plan=plan, augment=augment)
         self._epoch, self._cursor = 0, 0
         self._prefetcher: Prefetcher[Batch] | None = None
 
@@ -142,7 +141,7 @@ class PlannedLoader:
     def state_dict(self) -> dict[str, int | str]:
         whole_epoch = self._plan.steps_from(self._cursor) == 0
         position = {"epoch": self._epoch + 1, "cursor": 0} if whole_epoch else {"epoch": self._epoch, "cursor": self._cursor}
-        return {"v": STATE_VERSION, **position, **self._identity()}
+        return {"v": STATE_VERSION, **position, **self._identity(), "bad": self._bad_records.state()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         mine = {"v": STATE_VERSION, **self._identity()}
@@ -159,6 +158,7 @@ class PlannedLoader:
         if not (isinstance(epoch, int) and isinstance(cursor, int) and epoch >= 0 and 0 <= cursor <= self._plan.num_samples):
             raise DataError("the loader state is damaged", where="epoch, cursor", got=f"{epoch!r}, {cursor!r}")
         self._interrupt()
+        self._bad_records.restore(str(state.get("bad", "")))
         self._epoch, self._cursor = epoch, cursor
 
     def set_epoch(self, epoch: int) -> None:
@@ -189,9 +189,10 @@ class PlannedLoader:
             self._prefetcher = None
 
     def _next(self, prefetcher: Prefetcher[Batch]) -> Batch | None:
-        started = time.perf_counter()
+        started, ready = time.perf_counter(), prefetcher.ready
         batch = prefetcher.get()
         if batch is not None:
+            self.stats.ready += ready
             self.stats.wait_s += time.perf_counter() - started
             self.stats.batches += 1
             self.stats.samples += self._plan.valid_at(self._cursor)
@@ -201,32 +202,56 @@ class PlannedLoader:
 
     def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """Runs in the thread of the prefetcher."""
+        stats, executor = self.stats, self._executor
         for _ in range(self._plan.steps_from(cursor)):
-            started = time.perf_counter()
-            ids, valid = self._plan.ids_at(epoch, cursor=cursor)
-            draw, caption_ids = self._recipe.draw(ids, epoch=epoch)
-            images = self._fill(draw)
-            columns = {"caption_ids": caption_ids, "sample_ids": ids, "valid": valid}
-            if self._recipe.augment.mix != "none":
-                columns |= self._mix(images, ids, epoch=epoch, cursor=cursor)
-            tensors = {name: self._to_device(column) for name, column in columns.items()}
-            self.stats.fill_s += time.perf_counter() - started
-            self.stats.bytes_read = self._executor.bytes_read
-            yield Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
+            started, cpu_before = time.perf_counter(), time.thread_time() + executor.helper_cpu_s
+            batch = self._batch(epoch, cursor)
+            stats.fill_s += time.perf_counter() - started
+            stats.fill_cpu_s += time.thread_time() + executor.helper_cpu_s - cpu_before
+            stats.bytes_read, stats.bad_records = executor.bytes_read, len(self._bad_records)
+            yield batch
             cursor += self._plan.batch_size
+
+    def _batch(self, epoch: int, cursor: int) -> Batch:
+        """The batch at `cursor`; made again without each bad record that it meets."""
+        while True:
+            try:
+                return self._try_batch(epoch, cursor)
+            except BadRecordError as error:
+                self._bad_records.met(error)
+
+    def _try_batch(self, epoch: int, cursor: int) -> Batch:
+        ids, valid = self._plan.ids_at(epoch, cursor=cursor)
+        draw, caption_ids = self._recipe.draw(ids, epoch=epoch)
+        sources, skipped = self._bad_records.replaced(draw.sources)
+        images = self._fill(draw.showing(sources))
+        columns: dict[str, NDArray[Any]] = {"caption_ids": caption_ids, "sample_ids": ids}
+        if self._recipe.augment.mix != "none":
+            columns |= self._mix(images, ids, skipped, epoch=epoch, cursor=cursor)
+        columns["valid"] = valid & ~skipped
+        if skipped.any():
+            images[torch.from_numpy(skipped).to(images.device)] = 0.0
+        tensors = {name: self._to_device(column) for name, column in columns.items()}
+        return Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
 
     def _fill(self, draw: Draw) -> Tensor:
         executor = self._executor
         return executor.fill_drawn(draw) if isinstance(executor, DrawingExecutor) else executor.fill(draw.sources, draw.table())
 
-    def _mix(self, images: Tensor, ids: Ints, *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
-        """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled."""
+    def _mix(self, images: Tensor, ids: Ints, skipped: NDArray[np.bool_], *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
+        """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled.
+
+        Rows whose partner is to be left out are added to `skipped`.
+        """
         recipe = self._recipe
         mixture = recipe.mixture(ids, epoch=epoch)
         partners, caption_ids = recipe.draw(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
         mixed = np.flatnonzero(mixture.weight < 1.0)
         if len(mixed):
-            others = self._fill(partners.rows(mixed))
+            chosen_partners = partners.rows(mixed)
+            sources, partner_skipped = self._bad_records.replaced(chosen_partners.sources)
+            skipped[mixed] |= partner_skipped
+            others = self._fill(chosen_partners.showing(sources))
             chosen = torch.from_numpy(mixed).to(images.device)
             part = images if len(mixed) == len(images) else images[chosen]
             part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])
@@ -255,6 +280,7 @@ def make_loader(
     rank: int = 0,
     shuffle: bool = True,
     drop_last: bool = True,
+    on_bad_record: Policy = "raise",
 ) -> Loader:
     """A loader over one split of a data folder.
 
@@ -265,12 +291,13 @@ def make_loader(
         augment: Ranges of the augmentation; None for none.
         seed: Key of order and augmentation.
         device: Where the batches are wanted.
-        events: Told of fallbacks.
-        backend: "auto", "dali" or "reference" ("native" is not built yet).
+        events: Told of fallbacks and of bad records.
+        backend: "auto", "native", "dali" or "reference".
         world_size: Ranks that share a step.
         rank: Which of them this is.
         shuffle: Permute each epoch.
         drop_last: Leave out the tail of an epoch; otherwise the last batch is padded with `valid` = False.
+        on_bad_record: What to do with a record that has changed or cannot be decoded; see `bad_records`.
 
     Raises:
         ConfigError: unknown backend, a batch size that does not fit the ranks or the split, or an augmentation that does not
@@ -291,7 +318,8 @@ def make_loader(
             drop_last=drop_last,
         )
         executor = _make_executor(name, reader, plan=plan, augment=augment, device=device, events=events)
-        return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device)
+        bad_records = BadRecords(reader, policy=on_bad_record, events=events)
+        return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device, bad_records=bad_records)
     except BaseException:
         reader.close()
         raise
@@ -300,8 +328,8 @@ def make_loader(
 def choose_backend(backend: str, *, device: torch.device, events: EventLog) -> str:
     """The backend that `backend` means on this machine.
 
-    `auto` takes DALI on a GPU. On a CPU it takes the reference backend, which needs a third of the CPU time of DALI's
-    stock operators there (DALI is made for GPUs) and gives the same stream.
+    `auto` takes DALI on a GPU and the native backend on a CPU, where it needs a small part of the CPU time of any other. Without
+    the C++ extension the native backend is its Python twin.
 
     Raises:
         ConfigError: unknown name.
@@ -309,10 +337,12 @@ def choose_backend(backend: str, *, device: torch.device, events: EventLog) -> s
     """
     if backend not in BACKENDS:
         raise ConfigError("unknown loader", where="--loader", expected=", ".join(BACKENDS), got=backend)
-    if backend == "native":
-        raise EnvironmentLackingError("the native loader is not built", where="--loader native", fix="use --loader auto")
-    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
+    if backend == "reference":
         return "reference"
+    if backend == "native" or (backend == "auto" and device.type == "cpu"):
+        if native().module is None:
+            events.fallback("native loader", chosen="its Python twin", reason=native().reason)
+        return "native"
     if dali_installed():
         return "dali"
     if backend == "dali":
@@ -334,6 +364,9 @@ def dali_installed() -> bool:
 def _make_executor(
     name: str, reader: ShardReader, *, plan: Plan, augment: AugmentConfig | None, device: torch.device, events: EventLog
 ) -> Executor:
+    num_threads = usable_threads(world_size=plan.world_size, most=MAX_THREADS)
+    if name == "native":
+        return _make_native(reader, augment=augment, device=device, num_threads=num_threads, events=events)
     if name == "reference" and device.type == "cuda":
         from pairclip_fast.data.backends.resident import resident_executor
 
@@ -344,5 +377,19 @@ def _make_executor(
         return ReferenceExecutor(reader, augment=augment, device=device, events=events)
     from pairclip_fast.data.backends.dali import DaliExecutor
 
-    num_threads = min(MAX_DALI_THREADS, max(1, len(os.sched_getaffinity(0)) // plan.world_size))
     return DaliExecutor(reader, augment=augment, batch_size=plan.local_batch_size, device=device, num_threads=num_threads)
+
+
+def _make_native(
+    reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, num_threads: int, events: EventLog
+) -> Executor:
+    module, encoding = native().module, reader.manifest.encoding
+    if module is None:
+        from pairclip_fast.data.backends.mapped import MappedExecutor
+
+        return MappedExecutor(reader, augment=augment, device=device, num_threads=num_threads)
+    from pairclip_fast.data.backends.native import NativeExecutor
+
+    if encoding != "raw" and module.decoder_library(encoding) is None:
+        events.fallback(f"decoding of {encoding}", chosen="Pillow", reason="the C++ extension was built where its library was not")
+    return NativeExecutor(reader, augment=augment, device=device, num_threads=num_threads)

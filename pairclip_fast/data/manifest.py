@@ -45,8 +45,13 @@ class ShardEntry:
 
     @property
     def index_name(self) -> str:
-        """File name of the index beside the tar."""
+        """File name of the text index beside the tar."""
         return self.name.removesuffix(".tar") + ".idx"
+
+    @property
+    def records_name(self) -> str:
+        """File name of the record index beside the tar; see `records`."""
+        return self.name.removesuffix(".tar") + ".records"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

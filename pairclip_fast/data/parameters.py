@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.philox import bounded, philox4x32, seed_key, unit_interval
 from pairclip_fast.data.plan import Stream, counters
+from pairclip_fast.native import native
 
 
 class Column(IntEnum):
@@ -41,6 +42,17 @@ class Column(IntEnum):
 
 PARTNER = 16
 """Added to the stream of a tile's parameters where its sample is blended into another one: it is augmented anew."""
+RANGES = (
+    "rotate_degrees",
+    "brightness",
+    "contrast",
+    "saturation",
+    "flip_probability",
+    "shift_pixels",
+    "cutout_size",
+    "alternating_flip",
+)
+"""What of the configuration the table depends on."""
 
 
 def identity_table(num_samples: int, *, tiles: int) -> NDArray[np.float32]:
@@ -70,6 +82,10 @@ class Draw:
     def rows(self, chosen: NDArray[np.int64]) -> Draw:
         """Some of the samples."""
         return dataclasses.replace(self, ids=self.ids[chosen], sources=self.sources[chosen])
+
+    def showing(self, sources: NDArray[np.int64]) -> Draw:
+        """The same samples, of other tiles."""
+        return self if sources is self.sources else dataclasses.replace(self, sources=sources)
 
     def table(self) -> NDArray[np.float32]:
         """The parameters, float32 [batch, tiles, 10]."""
@@ -111,6 +127,29 @@ def parameter_table(
     Returns:
         float32 [batch, tiles, 10], columns as in `Column`.
     """
+    module = native().module
+    if module is None or augment is None:
+        return parameter_table_in_numpy(ids, sources, tile_size=tile_size, seed=seed, epoch=epoch, augment=augment, partner=partner)
+    table = np.empty((*sources.shape, len(Column)), dtype=np.float32)
+    ranges = {name: getattr(augment, name) for name in RANGES}
+    height, width = tile_size
+    module.parameter_table(
+        ids, sources, table, seed=seed, epoch=epoch, stream_offset=PARTNER * partner, height=height, width=width, **ranges
+    )
+    return table
+
+
+def parameter_table_in_numpy(
+    ids: NDArray[np.int64],
+    sources: NDArray[np.int64],
+    *,
+    tile_size: tuple[int, int],
+    seed: int,
+    epoch: int,
+    augment: AugmentConfig | None,
+    partner: bool = False,
+) -> NDArray[np.float32]:
+    """`parameter_table` without the C++ extension (thirty times slower), and its definition."""
     tiles = sources.shape[1]
     table = identity_table(len(ids), tiles=tiles)
     if augment is None:

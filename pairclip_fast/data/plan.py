@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pairclip_fast.data.philox import philox4x32, seed_key
 from pairclip_fast.errors import ConfigError
+from pairclip_fast.native import native
 
 
 class Stream(IntEnum):
@@ -134,7 +135,20 @@ def _order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np
 
 
 def keyed_permutation(count: int, *, seed: int, epoch: int, tile: int, stream: Stream) -> NDArray[np.int64]:
-    """0..count-1 sorted by a 64-bit random key each: a permutation whatever the keys, ties (p < count^2 / 2^65) broken by number."""
+    """0..count-1 sorted by a 64-bit random key each: a permutation whatever the keys, ties (p < count^2 / 2^65) broken by number.
+
+    In C++ where the extension is there: the same order, a tenth of the time.
+    """
+    module = native().module
+    if module is not None:
+        order = np.empty(count, dtype=np.int64)
+        module.keyed_permutation(order, seed=seed, epoch=epoch, tile=tile, stream=int(stream))
+        return order
+    return keyed_permutation_in_numpy(count, seed=seed, epoch=epoch, tile=tile, stream=stream)
+
+
+def keyed_permutation_in_numpy(count: int, *, seed: int, epoch: int, tile: int, stream: Stream) -> NDArray[np.int64]:
+    """`keyed_permutation` without the C++ extension, and its definition."""
     words = philox4x32(counters(epoch, np.arange(count), tile=tile, stream=stream), key=seed_key(seed)).astype(np.uint64)
     return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
 

@@ -33,6 +33,11 @@ class Prefetcher(Generic[Item]):
         atexit.register(self.close)
         self._thread.start()
 
+    @property
+    def ready(self) -> int:
+        """Items that `get` would give at once."""
+        return self._ready.qsize()
+
     def get(self) -> Item | None:
         """The next item, waiting for it; None at the end of the source, and after `close`."""
         if self._stopped.is_set():

@@ -1,8 +1,8 @@
 """Random access to the samples of a split, over memory-mapped tars. Every loader backend reads through this.
 
-Opening checks sizes and the digest of each index (a few MB), not of each tar: 50,000 pairs open in about 0.2 s. A flipped
-bit inside a tar is `verify`'s business. An index that is lost or stale is rebuilt in memory, but only if the tar's own
-digest still matches; nothing else is guessed.
+Opening checks sizes and the record indices (`records`), not each tar: 50,000 pairs open in a few milliseconds. A flipped bit
+in a payload is found by its checksum when the record is read; all else is `verify`'s business. An index that is lost or
+stale is rebuilt in memory, but only if the tar's own digest still matches; nothing else is guessed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import hashlib
 import io
 import mmap
 import warnings
+import zlib
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from pairclip_fast.data.index import check_shard_size, parse_index, rebuild_index
 from pairclip_fast.data.manifest import REBUILD, Manifest, ShardEntry, read_manifest
+from pairclip_fast.data.records import RecordIndex, StaleIndexError, read_record_index, rebuild_records
 from pairclip_fast.data.sources.decode import PILLOW_ERRORS
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
@@ -32,10 +33,12 @@ Ints = npt.NDArray[np.int64]
 PICTURE_FORMATS = {"png": ("PNG",), "jpeg": ("JPEG",)}
 
 
-class CaptionFacts(msgspec.Struct):
-    """What every sample's JSON member must have, whatever the kind of sample."""
+class BadRecordError(DataError):
+    """A sample that cannot be used: its bytes changed, or they are not a picture of the right size."""
 
-    caption_id: int
+    def __init__(self, what: str, *, sample_id: int, where: object, expected: object = None, got: object = None) -> None:
+        self.sample_id = sample_id
+        super().__init__(what, where=where, expected=expected, got=got, fix=f"{REBUILD}, or train with --on-bad-record skip")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,27 +62,20 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, split: str, *, events: EventLog | None = None) -> None:
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split, self._events = Path(folder), split, events
         self.manifest: Manifest = read_manifest(self.folder)
         if split not in self.manifest.splits:
             raise DataError("the data folder has no such split", where=folder, expected=", ".join(self.manifest.splits), got=split)
-        entries = self.manifest.splits[split].shards
-        self.shard_paths = [self.folder / split / entry.name for entry in entries]
-        self.index_paths = [self.folder / split / entry.index_name for entry in entries]
-        self.shard_starts: Ints = np.cumsum([0, *(entry.count for entry in entries)], dtype=np.int64)
+        self._entries = self.manifest.splits[split].shards
+        self.shard_paths = [self.folder / split / entry.name for entry in self._entries]
+        self.index_paths = [self.folder / split / entry.index_name for entry in self._entries]
+        self.shard_starts: Ints = np.cumsum([0, *(entry.count for entry in self._entries)], dtype=np.int64)
         """int64 [shards + 1]: sample ids of shard k are shard_starts[k]..shard_starts[k + 1] - 1."""
         self.extensions = (self.manifest.extension, "json", "txt")
-        parts = []
-        for number, entry in enumerate(entries):
-            check_shard_size(self.shard_paths[number], entry)
-            lines = self._index(number, entry, events)
-            parts.append(parse_index(lines, entry, int(self.shard_starts[number]), self.extensions, where=self.index_paths[number]))
-        table = np.concatenate(parts)
-        self.spans: dict[str, Spans] = {
-            extension: Spans(np.ascontiguousarray(table[:, 2 * k]), np.ascontiguousarray(table[:, 2 * k + 1]))
-            for k, extension in enumerate(self.extensions)
-        }
-        """Per extension, where its members lie."""
+        for path, entry in zip(self.shard_paths, self._entries, strict=True):
+            check_shard_size(path, entry)
+        self.records = self._record_index()
+        """Payloads of all samples."""
         self._maps: list[mmap.mmap] = []
         for path in self.shard_paths:
             with path.open("rb") as file:
@@ -96,32 +92,70 @@ class ShardReader:
         """[tiles, height, width, 3] of a sample."""
         return (self.manifest.tiles, self.manifest.tile_height, self.manifest.tile_width, 3)
 
+    @property
+    def caption_ids(self) -> Ints:
+        """int64 [N]."""
+        return self.records.caption_ids
+
+    def shard_bytes(self) -> list[npt.NDArray[np.uint8]]:
+        """Each shard's bytes, not copied; whoever holds them keeps the shard mapped."""
+        return [np.frombuffer(view, dtype=np.uint8) for view in self._views]
+
+    def location(self, sample_id: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self.shard_paths[self._shard_of(sample_id)]}: {sample_id:09d}"
+
     def member(self, sample_id: int, extension: str) -> memoryview:
         """The bytes of one member of a sample, not copied."""
-        if not 0 <= sample_id < len(self):
-            raise IndexError(f"sample {sample_id} of {len(self)}")
-        shard = int(np.searchsorted(self.shard_starts, sample_id, side="right")) - 1
-        spans = self.spans[extension]
+        shard, spans = self._shard_of(sample_id), self.spans[extension]
         offset = int(spans.offsets[sample_id])
         return self._views[shard][offset : offset + int(spans.sizes[sample_id])]
 
     def payload(self, sample_id: int) -> memoryview:
-        """The bytes of the .rgb, .png or .jpg member, not copied."""
-        return self.member(sample_id, self.manifest.extension)
+        """The bytes of the .rgb, .png or .jpg member, neither copied nor checked (`check`)."""
+        shard = self._shard_of(sample_id)
+        offset = int(self.records.offsets[sample_id])
+        return self._views[shard][offset : offset + int(self.records.sizes[sample_id])]
 
     def tiles(self, sample_id: int) -> npt.NDArray[np.uint8]:
-        """The decoded sample, uint8 [tiles, height, width, 3], a fresh array.
+        """The checked and decoded sample, uint8 [tiles, height, width, 3], a fresh array.
 
         Raises:
-            DataError: the payload is damaged or of another size.
+            BadRecordError: the payload has changed, is damaged or of another size.
         """
-        return decode_payload(self.payload(sample_id), self.manifest, where=f"{self.split} sample {sample_id}")
+        return self.decoded(sample_id, self.payload(sample_id))
+
+    def check(self, sample_ids: Ints) -> None:
+        """Compare payloads with their checksums, and raw ones with their size; any shape of ids, each once.
+
+        Raises:
+            BadRecordError: one differs.
+        """
+        whole = int(np.prod(self.tile_shape))
+        for sample_id in np.unique(sample_ids).tolist():
+            data = self.payload(sample_id)
+            self._check_sum(sample_id, data)
+            if self.manifest.encoding == "raw" and len(data) != whole:
+                self.decoded(sample_id, data)
+
+    def decoded(self, sample_id: int, data: memoryview) -> npt.NDArray[np.uint8]:
+        """`tiles` of a payload that was read by somebody else.
+
+        Raises:
+            BadRecordError: the payload has changed, is damaged or of another size.
+        """
+        self._check_sum(sample_id, data)
+        where = self.location(sample_id)
+        try:
+            return decode_payload(data, self.manifest, where=where)
+        except DataError as error:
+            raise BadRecordError(error.what, sample_id=sample_id, where=where, expected=error.expected, got=error.got) from error
 
     def tiles_of(self, sample_ids: Ints) -> npt.NDArray[np.uint8]:
         """Several decoded samples, uint8 [n, tiles, height, width, 3].
 
         Raises:
-            DataError: a payload is damaged or of another size.
+            BadRecordError: a payload has changed, is damaged or of another size.
         """
         out = np.empty((len(sample_ids), *self.tile_shape), dtype=np.uint8)
         for row, sample_id in enumerate(np.asarray(sample_ids).tolist()):
@@ -129,25 +163,17 @@ class ShardReader:
         return out
 
     @functools.cached_property
-    def caption_ids(self) -> Ints:
-        """int64 [N], from the JSON members; read at the first use (about 0.3 s for 50,000).
-
-        Raises:
-            DataError: a JSON member is damaged, or an id is out of range.
-        """
-        decoder = msgspec.json.Decoder(CaptionFacts)
-        ids = np.empty(len(self), dtype=np.int64)
-        for sample_id in range(len(self)):
-            try:
-                ids[sample_id] = decoder.decode(self.member(sample_id, "json")).caption_id
-            except (msgspec.DecodeError, OverflowError, RecursionError, UnicodeDecodeError) as error:
-                raise DataError("a sample's JSON is damaged", where=f"{self.split} sample {sample_id}", got=error, fix=REBUILD) from error
-        outside = (ids < 0) | (ids >= self.manifest.num_captions)
-        if outside.any():
-            first = int(np.argmax(outside))
-            expected = f"0..{self.manifest.num_captions - 1}"
-            raise DataError("a caption id is out of range", where=f"{self.split} sample {first}", expected=expected, got=int(ids[first]))
-        return ids
+    def spans(self) -> dict[str, Spans]:
+        """Per extension, where its members lie; from the text indices, read at the first use (0.2 s for 50,000 pairs)."""
+        parts = []
+        for number, entry in enumerate(self._entries):
+            lines = self._text_index(number, entry)
+            parts.append(parse_index(lines, entry, int(self.shard_starts[number]), self.extensions, where=self.index_paths[number]))
+        table = np.concatenate(parts)
+        return {
+            extension: Spans(np.ascontiguousarray(table[:, 2 * k]), np.ascontiguousarray(table[:, 2 * k + 1]))
+            for k, extension in enumerate(self.extensions)
+        }
 
     def close(self) -> None:
         """Unmap the shards; views that were handed out keep their own shard mapped. Safe to call twice."""
@@ -163,14 +189,40 @@ class ShardReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _check_sum(self, sample_id: int, data: memoryview) -> None:
+        expected = int(self.records.checksums[sample_id])
+        if (got := zlib.crc32(data)) != expected:
+            what, where = "a record's bytes have changed", self.location(sample_id)
+            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
+
+    def _shard_of(self, sample_id: int) -> int:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of {len(self)}")
+        return int(np.searchsorted(self.shard_starts, sample_id, side="right")) - 1
+
     def _say_foreign_files(self, events: EventLog) -> None:
-        known = {path.name for path in (*self.shard_paths, *self.index_paths)}
+        known = {name for entry in self._entries for name in (entry.name, entry.index_name, entry.records_name)}
         foreign = sorted(path.name for path in (self.folder / self.split).iterdir() if path.name not in known)
         if foreign:
             names = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             events.note(f"ignoring {len(foreign)} files that the manifest does not know: {self.split}/{names}")
 
-    def _index(self, number: int, entry: ShardEntry, events: EventLog | None) -> bytes:
+    def _record_index(self) -> RecordIndex:
+        """The record indices of all shards; those that are missing or stale are derived from their intact tars."""
+        parts, stale = [], []
+        for path, entry in zip(self.shard_paths, self._entries, strict=True):
+            try:
+                parts.append(read_record_index(path.with_name(entry.records_name), entry, num_captions=self.manifest.num_captions))
+            except StaleIndexError as error:
+                stale.append(f"{entry.records_name}: {error}")
+                parts.append(rebuild_records(path, entry, num_captions=self.manifest.num_captions))
+        if stale and self._events is not None:
+            reason = stale[0] + (f", and {len(stale) - 1} more" if len(stale) > 1 else "")
+            chosen = "one rebuilt in memory from the intact shards"
+            self._events.fallback(f"record index of {self.split}", chosen=chosen, reason=reason)
+        return RecordIndex.of(np.concatenate(parts))
+
+    def _text_index(self, number: int, entry: ShardEntry) -> bytes:
         """The index file's bytes if they are the manifest's, else the same made from the tar."""
         path, problem = self.index_paths[number], "it differs from the manifest"
         try:
@@ -181,8 +233,9 @@ class ShardReader:
         except OSError as error:
             problem = error.strerror or str(error)
         lines = rebuild_index(self.shard_paths[number], entry)
-        if events is not None:
-            events.fallback(f"index {self.split}/{path.name}", chosen="one rebuilt in memory from the intact shard", reason=problem)
+        if self._events is not None:
+            chosen = "one rebuilt in memory from the intact shard"
+            self._events.fallback(f"index {self.split}/{path.name}", chosen=chosen, reason=problem)
         return lines
 
 

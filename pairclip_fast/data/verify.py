@@ -19,6 +19,7 @@ import msgspec
 from pairclip_fast.data.folder_plan import contents_digest, ids_digest
 from pairclip_fast.data.manifest import CAPTIONS_NAME, CAPTIONS_TEMPORARY, MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from pairclip_fast.data.pairs import captions
+from pairclip_fast.data.records import derive_records, record_index_bytes
 from pairclip_fast.data.shards import decode_payload
 from pairclip_fast.data.tar import Member, index_text, read_members
 from pairclip_fast.errors import DataError, PairclipError
@@ -94,7 +95,7 @@ def _foreign_files(folder: Path, manifest: Manifest) -> list[Finding]:
     """Whatever the manifest does not know of."""
     known = {MANIFEST_NAME, CAPTIONS_NAME, *manifest.splits}
     for split, entry in manifest.splits.items():
-        known |= {f"{split}/{name}" for shard in entry.shards for name in (shard.name, shard.index_name)}
+        known |= {f"{split}/{name}" for shard in entry.shards for name in (shard.name, shard.index_name, shard.records_name)}
     findings = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -148,6 +149,7 @@ class _ShardCheck:
                 self._check_sample(f"{self.where}: {first_id + row:09d}", payload, facts, text)
                 if row % PROGRESS_SAMPLES == PROGRESS_SAMPLES - 1:
                     advance(PROGRESS_SAMPLES)
+            self._check_records(buffer, members, path)
         return self.findings
 
     def _check_names(self, members: list[Member], first_id: int, path: Path) -> None:
@@ -160,8 +162,17 @@ class _ShardCheck:
             )
             got = names[wrong] if wrong < len(names) else "the end"
             self.findings.append(Finding(self.where, "wrong members", expected[wrong] if wrong < len(expected) else "the end", got))
-        elif path.with_suffix(".idx").read_bytes() != index_text([members[k : k + 3] for k in range(0, len(members), 3)]):
+        elif path.with_name(self.shard.index_name).read_bytes() != index_text([members[k : k + 3] for k in range(0, len(members), 3)]):
             self.findings.append(Finding(self.where.removesuffix(".tar") + ".idx", "the index is not that of its shard"))
+
+    def _check_records(self, buffer: memoryview, members: list[Member], path: Path) -> None:
+        """The record index byte by byte, where there is one: folders of earlier versions have none."""
+        records = path.with_name(self.shard.records_name)
+        if self.findings or not records.exists():
+            return
+        derived = derive_records(buffer, members, num_captions=self.manifest.num_captions, where=self.where)
+        if records.read_bytes() != record_index_bytes(derived, tar_bytes=self.shard.bytes, tar_sha256=self.shard.sha256):
+            self.findings.append(Finding(self.where.removesuffix(".tar") + ".records", "the record index is not that of its shard"))
 
     def _check_sample(self, where: str, payload: bytes, facts_json: bytes, text: bytes) -> None:
         try:

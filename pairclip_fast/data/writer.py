@@ -1,4 +1,4 @@
-"""Writes one split as tars with indices: deterministic bytes, each file hashed as it is written and fsynced.
+"""Writes one split as tars with two indices each: deterministic bytes, each file hashed as it is written and fsynced.
 
 Nothing here knows that a sample is a pair of photos: a `SampleSource` hands over payload bytes, a JSON object and a
 caption per sample, and the writer numbers them. Compressed payloads depend on the installed Pillow; raw ones on nothing.
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from PIL import Image
 
 from pairclip_fast.data.keyed import random_bits
 from pairclip_fast.data.manifest import EXTENSIONS, ShardEntry
+from pairclip_fast.data.records import Record, record_index_bytes, record_index_size
 from pairclip_fast.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, Member, index_text, padded, ustar_member
 from pairclip_fast.storage import FileSystem, storage_errors
 
@@ -30,7 +32,6 @@ TEXT_BYTES = 4 * BLOCK_BYTES
 """Room for the JSON and caption members of a sample, headers included, unless they are unusually long."""
 
 
-@runtime_checkable
 @runtime_checkable
 class SampleSource(Protocol):
     """The samples of one split, in order."""
@@ -74,19 +75,20 @@ def encode_tiles(tiles: npt.NDArray[np.uint8], encoding: str) -> bytes:
     return file.getvalue()
 
 
-def sample_members(samples: SampleSource, index: int, encoding: str) -> list[tuple[str, bytes]]:
-    """Names and contents of the files of one sample."""
-    key = f"{index:09d}"
-    facts = json.dumps(samples.facts(index), separators=(",", ":"), ensure_ascii=True).encode()
+def sample_members(samples: SampleSource, index: int, encoding: str) -> tuple[list[tuple[str, bytes]], int]:
+    """Names and contents of the files of one sample, the payload first, and its caption id."""
+    key, facts = f"{index:09d}", samples.facts(index)
     payload = encode_tiles(samples.tiles(index), encoding)
-    return [(f"{key}.{EXTENSIONS[encoding]}", payload), (f"{key}.json", facts), (f"{key}.txt", samples.caption(index).encode())]
+    words = json.dumps(facts, separators=(",", ":"), ensure_ascii=True).encode()
+    members = [(f"{key}.{EXTENSIONS[encoding]}", payload), (f"{key}.json", words), (f"{key}.txt", samples.caption(index).encode())]
+    return members, int(facts["caption_id"])
 
 
 def bytes_needed(samples: SampleSource, shard_format: ShardFormat) -> int:
     """About how much disk a split takes; for compressed payloads from a few samples."""
     some = random_bits(8, seed=0, stream="space") % np.uint64(len(samples))
     payload = max(len(encode_tiles(samples.tiles(int(index)), shard_format.encoding)) for index in some)
-    return len(samples) * (padded(payload) + BLOCK_BYTES + TEXT_BYTES + BLOCK_BYTES // 2)
+    return len(samples) * (padded(payload) + BLOCK_BYTES + TEXT_BYTES + BLOCK_BYTES // 2) + record_index_size(len(samples))
 
 
 def write_split(
@@ -120,13 +122,18 @@ def write_split(
 def _write_shard(
     path: Path, samples: SampleSource, ids: range, encoding: str, *, fs: FileSystem, advance: Callable[[int], None]
 ) -> ShardEntry:
-    digest, offset, index = hashlib.sha256(), 0, []
+    digest, offset = hashlib.sha256(), 0
+    index: list[list[Member]] = []
+    records: list[Record] = []
     with fs.open_for_writing(path) as file:
         for start in range(0, len(ids), WRITE_SAMPLES):
             pieces = []
             for sample_id in ids[start : start + WRITE_SAMPLES]:
+                contents, caption_id = sample_members(samples, sample_id, encoding)
+                payload = contents[0][1]
+                records.append((offset + BLOCK_BYTES, len(payload), zlib.crc32(payload), caption_id))
                 members = []
-                for name, data in sample_members(samples, sample_id, encoding):
+                for name, data in contents:
                     members.append(Member(name, offset + BLOCK_BYTES, len(data)))
                     pieces.append(ustar_member(name, data))
                     offset += len(pieces[-1])
@@ -140,10 +147,7 @@ def _write_shard(
             advance(len(ids[start : start + WRITE_SAMPLES]))
         fs.fsync(file)
     lines = index_text(index)
-    with fs.open_for_writing(path.with_suffix(".idx")) as file:
-        fs.write(file, lines)
-        fs.fsync(file)
-    return ShardEntry(
+    entry = ShardEntry(
         name=path.name,
         count=len(ids),
         bytes=offset,
@@ -151,3 +155,12 @@ def _write_shard(
         index_bytes=len(lines),
         index_sha256=hashlib.sha256(lines).hexdigest(),
     )
+    _write_file(path.with_name(entry.index_name), lines, fs=fs)
+    _write_file(path.with_name(entry.records_name), record_index_bytes(records, tar_bytes=offset, tar_sha256=entry.sha256), fs=fs)
+    return entry
+
+
+def _write_file(path: Path, data: bytes, *, fs: FileSystem) -> None:
+    with fs.open_for_writing(path) as file:
+        fs.write(file, data)
+        fs.fsync(file)

@@ -10,6 +10,7 @@ import shutil
 from pairclip_fast.doctor.check import REINSTALL, Check
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.native import native
 from pairclip_fast.telemetry.machine import usable_cores
 from pairclip_fast.telemetry.nvml import NvmlDevice, read_nvml
 
@@ -129,12 +130,21 @@ def check_loader() -> Check:
     device = training_device()
     chosen = choose_backend("auto", device=torch.device(device), events=quiet)
     dali = f"dali {_version('nvidia-dali-cuda130')}" if dali_installed() else "no dali"
-    found = f"auto takes {chosen} on {device}; available: reference (webdataset {_version('webdataset')}), {dali}"
+    available = f"{_native_loader()}, reference (webdataset {_version('webdataset')}), {dali}"
+    found = f"auto takes {chosen} on {device}; available: {available}"
     if quiet.fallbacks:
-        return Check(
-            topic="loader", status="fallback", found=found, reason=quiet.fallbacks[0]["reason"], fix="pip install nvidia-dali-cuda130"
-        )
+        fix = "install again where there is a C++20 compiler" if chosen == "native" else "pip install nvidia-dali-cuda130"
+        return Check(topic="loader", status="fallback", found=found, reason=quiet.fallbacks[0]["reason"], fix=fix)
     return Check(topic="loader", status="ok", found=found)
+
+
+def _native_loader() -> str:
+    """The native loader in words: instruction set, and what decodes compressed records."""
+    module = native().module
+    if module is None:
+        return "native (Python twin)"
+    decoders = ", ".join(f"{encoding} by {module.decoder_library(encoding) or 'Pillow'}" for encoding in ("png", "jpeg"))
+    return f"native (C++, {module.isa()}; {decoders})"
 
 
 def check_kernels() -> Check:

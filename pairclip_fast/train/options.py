@@ -36,6 +36,8 @@ class TrainOptions:
     """Peak learning rate (with muon: of the parameters that AdamW trains)."""
     loader: Literal["auto", "native", "dali", "reference"] | None = None
     """Which loader feeds the training."""
+    on_bad_record: Literal["raise", "skip", "substitute"] | None = None
+    """A record that has changed on disk or cannot be decoded: stop (default), leave its rows out, or take the next good sample."""
     loss: Literal["bank", "infonce"] | None = None
     """Softmax over all captions, or symmetric InfoNCE within the batch."""
     bank: Literal["raw", "whiten"] | None = None
@@ -97,7 +99,7 @@ def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> R
 
 def _flag_tables(options: TrainOptions, config: RunConfig) -> dict[str, Any]:
     """The given flags as configuration tables."""
-    train = {name: getattr(options, name) for name in ("epochs", "batch_size", "loader", "compile", "device", "seed")}
+    train = {name: getattr(options, name) for name in ("epochs", "batch_size", "loader", "on_bad_record", "compile", "device", "seed")}
     train = {name: value for name, value in train.items() if value is not None}
     if options.amp:
         train["amp"] = True

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from pairclip_fast.data.loader import Batch, Loader
+from pairclip_fast.data.stats import starvation
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.memory import host_memory
-from pairclip_fast.telemetry.timing import StepMeter
+from pairclip_fast.telemetry.timing import Rates, StepMeter
 from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
 from pairclip_fast.train.distributed import AGREEMENT_STEPS
 from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
@@ -68,6 +69,8 @@ class Runner:
         self.failed_save: StorageError | None = None
         self.evaluation_s = 0.0
         self._meter = StepMeter(waited=lambda: self.loader.stats.wait_s)
+        self._loaded = loader.stats.copy()
+        self._said_starved = False
         self._line = ConsoleLine(events)
         self._loss_sum = torch.zeros((), device=parts.placement.device)
         self._loss_count = 0
@@ -156,10 +159,19 @@ class Runner:
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self._loss_count = 0
         self.events.emit("step", **fields)
+        self._judge_loader(rates)
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
         self._line.say(fields, total_steps=self.parts.total_steps, epochs=self.parts.config.train.epochs)
+
+    def _judge_loader(self, rates: Rates) -> None:
+        """Say once if the training waits for data, and for what."""
+        window, self._loaded = self.loader.stats.since(self._loaded), self.loader.stats.copy()
+        verdict = starvation(window, seconds=rates.seconds)
+        if verdict is not None and not self._said_starved:
+            self._said_starved = True
+            self.events.note(verdict, step=self.progress.step, loader=window.to_json())
 
     def save(self) -> None:
         """Write a checkpoint. A disk that fails does not end the training; the next save point tries again."""

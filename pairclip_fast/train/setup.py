@@ -132,5 +132,6 @@ def train_loader(parts: Parts, *, events: EventLog) -> Loader:
         rank=parts.processes.rank,
         shuffle=True,
         drop_last=True,
+        on_bad_record=train.on_bad_record,
         events=events,
     )

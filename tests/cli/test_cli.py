@@ -25,7 +25,7 @@ OPTIONS = {
     },
     "embed": {"--data", "--text-encoder", "--batch-size", "--features", "--preset", "--json"},
     "train": {
-        "--data", "--out", "--preset", "--amp", "--epochs", "--batch-size", "--lr", "--loader", "--loss", "--bank",
+        "--data", "--out", "--preset", "--amp", "--epochs", "--batch-size", "--lr", "--loader", "--on-bad-record", "--loss", "--bank",
         "--compile", "--device", "--seed", "--resume", "--config", "--text-encoder", "--dry-run", "--json",
     },
     "eval": {"--run", "--data", "--split", "--json"},

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,20 +25,35 @@ from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.native import Native, native
 
 CPU = torch.device("cpu")
 STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
 FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 FAST = AugmentConfig(flip_probability=0.5, shift_pixels=3)
-BACKENDS = ("reference", "dali")
+BACKENDS = ("native", "twin", "reference", "dali")
 Open = Callable[..., Loader]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "dali" and not loader_module.dali_installed():
-        pytest.skip("DALI is not installed")
+    skip_if_absent(request.param)
     return str(request.param)
+
+
+def skip_if_absent(backend: str) -> None:
+    if backend == "dali" and not loader_module.dali_installed():
+        pytest.skip("DALI is not installed")
+    if backend == "native" and native().module is None:
+        pytest.skip(native().reason)
+
+
+def make_named_loader(folder: Path, *, backend: str, **options: Any) -> Loader:
+    """`make_loader`; "twin" is the native backend as it is without the C++ extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "twin":
+            patch.setattr(loader_module, "native", lambda: Native(None, "switched off in this test"))
+        return make_loader(folder, backend="native" if backend == "twin" else backend, **options)
 
 
 @pytest.fixture
@@ -47,7 +63,7 @@ def open_loader(folders: dict[str, Path], events: EventLog) -> Iterator[Open]:
 
     def make(backend: str, *, encoding: str = "raw", folder: Path | None = None, **options: object) -> Loader:
         settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU, "drop_last": False, **options}
-        opened.append(make_loader(folder or folders[encoding], backend=backend, events=events, **settings))
+        opened.append(make_named_loader(folder or folders[encoding], backend=backend, events=events, **settings))
         return opened[-1]
 
     yield make
@@ -97,11 +113,14 @@ def test_batches_are_what_the_contract_says(backend: str, open_loader: Open, fol
 
 @pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
 @pytest.mark.parametrize("augment", [None, FAST, FULL], ids=["nothing", "flip and shift", "everything"])
-def test_backends_deliver_the_same_stream(encoding: str, augment: AugmentConfig | None, open_loader: Open) -> None:
-    pytest.importorskip("nvidia.dali")
-    loaders = [open_loader(backend, encoding=encoding, augment=augment) for backend in BACKENDS]
+@pytest.mark.parametrize("other", ["native", "twin", "dali"])
+def test_backends_deliver_the_same_stream(other: str, encoding: str, augment: AugmentConfig | None, open_loader: Open) -> None:
+    skip_if_absent(other)
+    loaders = [open_loader(backend, encoding=encoding, augment=augment) for backend in ("reference", other)]
     # The design allows DALI 0.25; the graph does better, except that JPEG decoders may differ by a rounding.
-    tolerance = 1.5 if encoding == "jpeg" else 0.05
+    tolerance = {"native": 0.02, "twin": 0.0, "dali": 0.05}[other]
+    if encoding == "jpeg" and other != "twin":
+        tolerance = 1.5
     for _ in range(2):
         for first, second in zip(*loaders, strict=True):
             assert_same(first, second, tolerance=tolerance)
@@ -279,7 +298,8 @@ def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: 
     """Break off early, forget the iterator, close in the middle, leave it to the garbage collector: nothing stays."""
 
     def once(way: str) -> None:
-        loader = make_loader(folders["raw"], split="train", batch_size=8, augment=FAST, seed=0, device=CPU, events=events, backend=backend)
+        settings = {"split": "train", "batch_size": 8, "augment": FAST, "seed": 0, "device": CPU}
+        loader = make_named_loader(folders["raw"], backend=backend, events=events, **settings)
         iterator = iter(loader)
         next(iterator)
         if way == "break":
@@ -307,6 +327,7 @@ def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: 
 LEAVE_IN_THE_MIDDLE = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.loader import make_loader
 from pairclip_fast.events import EventLog
@@ -412,18 +433,21 @@ def test_a_damaged_tar_is_named_by_the_reference_backend(make_folder: Callable[.
 
 def test_choice_of_backend(events: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    assert choose_backend("auto", device=CPU, events=events) == "reference"
+    monkeypatch.setattr(loader_module, "native", lambda: Native(object(), "there"))
+    assert choose_backend("auto", device=CPU, events=events) == choose_backend("native", device=cuda, events=events) == "native"
     assert choose_backend("auto", device=cuda, events=events) == "dali"
     assert events.fallbacks == []
-    with pytest.raises(EnvironmentLackingError):
-        choose_backend("native", device=CPU, events=events)
+    monkeypatch.setattr(loader_module, "native", lambda: Native(None, "no compiler"))
+    assert choose_backend("auto", device=CPU, events=events) == "native"
+    (fallback,) = events.fallbacks
+    assert (fallback["chosen"], fallback["reason"]) == ("its Python twin", "no compiler")
     with pytest.raises(ConfigError, match="unknown loader"):
         choose_backend("ffcv", device=CPU, events=events)
     monkeypatch.setattr(loader_module, "dali_installed", lambda: False)
     with pytest.raises(EnvironmentLackingError, match="DALI"):
         choose_backend("dali", device=CPU, events=events)
     assert choose_backend("auto", device=cuda, events=events) == "reference"
-    assert [event["chosen"] for event in events.fallbacks] == ["reference"]
+    assert [event["chosen"] for event in events.fallbacks] == ["its Python twin", "reference"]
 
 
 def test_refusals(open_loader: Open, tmp_path: Path) -> None:

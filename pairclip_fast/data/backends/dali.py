@@ -20,10 +20,9 @@ from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends.dali_graph import Feed, GraphSpec, make_pipeline, parameter_feed
-from pairclip_fast.data.backends.executor import sample_location
 from pairclip_fast.data.backends.raw_tiles import RawTiles
-from pairclip_fast.data.shards import ShardReader, decode_payload
-from pairclip_fast.errors import DataError, EnvironmentLackingError
+from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.errors import EnvironmentLackingError
 
 NO_GPU_MESSAGES = ("CUDA-capable GPU", "CUDA is not available")
 
@@ -36,7 +35,7 @@ class DaliExecutor:
     def __init__(
         self, reader: ShardReader, *, augment: AugmentConfig | None, batch_size: int, device: torch.device, num_threads: int
     ) -> None:
-        self.bytes_read = 0
+        self.bytes_read, self.helper_cpu_s = 0, 0.0
         self._reader, self._spec = reader, GraphSpec.of(reader.manifest, augment)
         self._raw = RawTiles(reader) if self._spec.encoding == "raw" else None
         on_cpu = device.type == "cpu"
@@ -100,6 +99,7 @@ class DaliExecutor:
             self.bytes_read += tiles.nbytes
             return {"tiles": tiles}
         owners = sources[:, : self._spec.pictures] // self._spec.tiles
+        self._reader.check(owners)
         payloads = [[np.frombuffer(self._reader.payload(i), dtype=np.uint8) for i in column] for column in owners.T.tolist()]
         self.bytes_read += sum(len(payload) for column in payloads for payload in column)
         return {f"encoded{k}": column for k, column in enumerate(payloads)}
@@ -111,9 +111,8 @@ class DaliExecutor:
         """
         ids = np.unique(sources // self._spec.tiles).tolist()
         for sample_id in ids:
-            where = sample_location(self._reader, sample_id)
             try:
-                decode_payload(self._reader.payload(sample_id), self._reader.manifest, where=where)
-            except DataError as found:
+                self._reader.tiles(sample_id)
+            except BadRecordError as found:
                 raise found from error
-        error.add_note(f"while DALI filled the batch with {sample_location(self._reader, ids[0])}")
+        error.add_note(f"while DALI filled the batch with {self._reader.location(ids[0])}")

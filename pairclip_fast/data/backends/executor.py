@@ -14,7 +14,6 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from pairclip_fast.data.parameters import Draw
-from pairclip_fast.data.shards import ShardReader
 
 
 @runtime_checkable
@@ -22,8 +21,14 @@ class Executor(Protocol):
     """A backend. It is used by one thread at a time."""
 
     name: str
-    bytes_read: int
-    """Payload bytes taken from the shards so far."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Payload bytes taken from the shards so far."""
+
+    @property
+    def helper_cpu_s(self) -> float:
+        """CPU seconds so far of the backend's own threads, where it can tell; the thread that calls `fill` is not among them."""
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
@@ -33,7 +38,7 @@ class Executor(Protocol):
         At most the loader's batch size of rows; the parameters are as in `parameters.Column`.
 
         Raises:
-            DataError: a sample cannot be decoded; names its shard and key.
+            BadRecordError: a record has changed or cannot be decoded; names it. The backend stays usable.
         """
 
     def close(self) -> None:
@@ -46,9 +51,3 @@ class DrawingExecutor(Executor, Protocol):
 
     def fill_drawn(self, draw: Draw) -> Float32[Tensor, "batch 3 height width"]:
         """As `fill` with `draw.sources` and `draw.table()`."""
-
-
-def sample_location(reader: ShardReader, sample_id: int) -> str:
-    """Shard and key of a sample, for messages."""
-    shard = int(np.searchsorted(reader.shard_starts, sample_id, side="right")) - 1
-    return f"{reader.shard_paths[shard]}: {sample_id:09d}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.manifest import REBUILD
-from pairclip_fast.data.shards import ShardReader, decode_payload
+from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
 
@@ -31,7 +31,8 @@ class ReferenceExecutor:
     name = "reference"
 
     def __init__(self, reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, events: EventLog) -> None:
-        self.bytes_read = 0
+        self.bytes_read, self.helper_cpu_s = 0, 0.0
+        self._bad: dict[int, BadRecordError] = {}
         self._border = (augment or AugmentConfig()).border
         self.mean, self.std = reader.manifest.mean, reader.manifest.std
         self.tiles = self._read(reader, events).to(device)
@@ -40,9 +41,17 @@ class ReferenceExecutor:
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
+        self.refuse_bad(sources)
         tiles = self.tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self.tiles.device))
         tiles = tiles.view(*sources.shape, *tiles.shape[1:])
         return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self.mean, std=self.std)
+
+    def refuse_bad(self, sources: Int64[np.ndarray, "batch tiles"]) -> None:
+        """Raise what was wrong with the first of the samples that could not be read."""
+        if self._bad:
+            for sample_id in np.unique(sources // sources.shape[1]).tolist():
+                if sample_id in self._bad:
+                    raise self._bad[sample_id]
 
     def close(self) -> None:
         self.tiles = self.tiles[:0].clone()
@@ -59,9 +68,12 @@ class ReferenceExecutor:
                     expected = f"{position:09d}.{manifest.extension}" if position < len(reader) else f"{len(reader)} samples"
                     got = ", ".join(key for key in sample if not key.startswith("__"))
                     raise DataError("a shard does not match the manifest", where=where, expected=expected, got=got, fix=REBUILD)
-                payload = sample[manifest.extension]
-                tiles[position] = decode_payload(memoryview(payload), manifest, where=where).transpose(0, 3, 1, 2)
-                self.bytes_read += len(payload)
+                try:
+                    decoded = reader.decoded(position, memoryview(sample[manifest.extension]))
+                    tiles[position] = decoded.transpose(0, 3, 1, 2)
+                except BadRecordError as error:  # told when the sample is asked for, as by every other backend
+                    self._bad[position] = error
+                self.bytes_read += len(sample[manifest.extension])
                 position += 1
                 advance(1)
         if position != len(reader):

@@ -1,0 +1,94 @@
+#include "loader/crc32.h"
+
+#include <array>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pairclip::loader {
+namespace {
+
+constexpr std::uint32_t kPolynomial = 0xEDB88320;
+constexpr int kSlices = 8;  // bytes per step
+
+using Tables = std::array<std::array<std::uint32_t, 256>, kSlices>;
+
+// tables[k][b]: what byte b contributes when k bytes follow it in the step.
+constexpr Tables make_tables() {
+  Tables tables{};
+  for (std::uint32_t byte = 0; byte < 256; ++byte) {
+    std::uint32_t value = byte;
+    for (int bit = 0; bit < 8; ++bit) value = value >> 1 ^ (value & 1 ? kPolynomial : 0);
+    tables[0][byte] = value;
+  }
+  for (int k = 1; k < kSlices; ++k)
+    for (int byte = 0; byte < 256; ++byte) tables[k][byte] = tables[k - 1][byte] >> 8 ^ tables[0][tables[k - 1][byte] & 255];
+  return tables;
+}
+
+constexpr Tables kTables = make_tables();
+
+// Continues `state` (the inverted checksum so far).
+std::uint32_t update(std::uint32_t state, const std::uint8_t* data, std::size_t size) {
+  for (; size >= kSlices; data += kSlices, size -= kSlices) {
+    std::uint64_t bytes;
+    std::memcpy(&bytes, data, sizeof bytes);
+    bytes ^= state;
+    state = 0;
+    for (int k = 0; k < kSlices; ++k) state ^= kTables[kSlices - 1 - k][bytes >> (8 * k) & 255];
+  }
+  for (; size > 0; ++data, --size) state = state >> 8 ^ kTables[0][(state ^ *data) & 255];
+  return state;
+}
+
+#if defined(__x86_64__)
+// Folding (Gopal et al., "Fast CRC computation for generic polynomials using PCLMULQDQ", Intel, 2009): 64 bytes at a time are
+// replaced by a congruent block 64 bytes further on, in the end by 16 bytes, which the tables finish. The constants are
+// x^(512 +- 32) and x^(128 +- 32) modulo the polynomial, bit-reflected.
+constexpr std::size_t kFoldFrom = 64;
+
+__attribute__((target("pclmul,sse4.1"))) inline __m128i fold(__m128i block, __m128i by, __m128i onto) {
+  const __m128i low = _mm_clmulepi64_si128(block, by, 0x00), high = _mm_clmulepi64_si128(block, by, 0x11);
+  return _mm_xor_si128(_mm_xor_si128(low, high), onto);
+}
+
+__attribute__((target("pclmul,sse4.1"))) std::uint32_t update_folding(std::uint32_t state, const std::uint8_t* data,
+                                                                      std::size_t size) {
+  const auto at = [&](std::size_t offset) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + offset)); };
+  const __m128i by_64 = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4), by_16 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+  __m128i a = _mm_xor_si128(at(0), _mm_cvtsi32_si128(static_cast<int>(state))), b = at(16), c = at(32), d = at(48);
+  data += 64;
+  for (size -= 64; size >= 64; data += 64, size -= 64) {
+    a = fold(a, by_64, at(0));
+    b = fold(b, by_64, at(16));
+    c = fold(c, by_64, at(32));
+    d = fold(d, by_64, at(48));
+  }
+  a = fold(fold(fold(a, by_16, b), by_16, c), by_16, d);
+  for (; size >= 16; data += 16, size -= 16) a = fold(a, by_16, at(0));
+  std::uint8_t rest[16];
+  std::memcpy(rest, &a, sizeof rest);
+  return update(update(0, rest, sizeof rest), data, size);
+}
+
+bool can_fold() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+}
+#endif
+
+}  // namespace
+
+std::uint32_t crc32_portable(const std::uint8_t* data, std::size_t size) { return ~update(~0u, data, size); }
+
+std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
+#if defined(__x86_64__)
+  static const bool folding = can_fold();
+  if (folding && size >= kFoldFrom) return ~update_folding(~0u, data, size);
+#endif
+  return crc32_portable(data, size);
+}
+
+}  // namespace pairclip::loader

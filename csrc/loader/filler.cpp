@@ -1,0 +1,154 @@
+#include "loader/filler.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+
+namespace pairclip::loader {
+namespace {
+
+constexpr std::int64_t kRowsPerTask = 8;  // about 40 us of work: little beside a wake-up, and the threads end together
+
+double thread_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// What the tasks of a run report, from any thread.
+class Report {
+ public:
+  void damaged(std::int64_t id) {
+    const std::lock_guard lock(mutex_);
+    outcome_.damaged.push_back(id);
+  }
+
+  void spent(double seconds) {
+    const std::lock_guard lock(mutex_);
+    outcome_.cpu_seconds += seconds;
+  }
+
+  Outcome result() {
+    std::sort(outcome_.damaged.begin(), outcome_.damaged.end());
+    outcome_.damaged.erase(std::unique(outcome_.damaged.begin(), outcome_.damaged.end()), outcome_.damaged.end());
+    return std::move(outcome_);
+  }
+
+ private:
+  std::mutex mutex_;
+  Outcome outcome_;
+};
+
+class Scratch {
+ public:
+  explicit Scratch(std::size_t words)
+      : memory_(static_cast<std::uint32_t*>(::operator new(sizeof(std::uint32_t) * words, std::align_val_t(kScratchAlignment)))) {
+  }
+  std::uint32_t* data() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(std::uint32_t* memory) const { ::operator delete(memory, std::align_val_t(kScratchAlignment)); }
+  };
+  std::unique_ptr<std::uint32_t, Free> memory_;
+};
+
+}  // namespace
+
+Filler::Filler(const TileSettings& settings, int tiles, int threads, Level level)
+    : settings_(settings), tiles_(tiles), threads_(threads), kernel_(tile_kernel(std::min(level, best_level()))) {
+  if (tiles < 1 || threads < 1 || settings.height < 1 || settings.width < 1)
+    throw std::invalid_argument("sizes must be positive");
+}
+
+template <class Tile>
+Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const std::int64_t> sources,
+                          std::span<const float> table, void* out) {
+  if (sources.size() % tiles_ != 0 || table.size() != sources.size() * kColumns)
+    throw std::invalid_argument("sources and table differ");
+  for (const std::int64_t source : sources)
+    if (source < 0 || source >= limit) throw std::invalid_argument("a source is not a tile of the split");
+  const auto rows = static_cast<std::int64_t>(sources.size()) / tiles_;
+  const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(tiles_) * settings_.width, plane = row * settings_.height;
+  const std::size_t element = settings_.bf16 ? 2 : 4;
+  Report report;
+  pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
+    const double started = worker != 0 ? thread_seconds() : 0.0;
+    const Scratch scratch(scratch_words(settings_.height, settings_.width));
+    for (std::int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
+      std::int64_t checked = -1;
+      for (int t = 0; t < tiles_; ++t) {
+        const std::int64_t source = sources[i * tiles_ + t], sample = source / tiles_;
+        if (sample != checked && !tile.usable(sample)) {
+          report.damaged(sample);
+          continue;
+        }
+        checked = sample;
+        auto* const picture =
+            static_cast<std::uint8_t*>(out) + static_cast<std::size_t>(3 * i * plane + t * settings_.width) * element;
+        const TileTarget target{picture, row, plane};
+        const float* const parameters = &table[(i * tiles_ + t) * kColumns];
+        kernel_(resolve(settings_, tile.at(sample, static_cast<int>(source % tiles_)), target, parameters), scratch.data());
+        if (parameters[kCutSize] > 0.0f) cut_out(settings_, target, parameters);
+      }
+    }
+    if (worker != 0) report.spent(thread_seconds() - started);
+  });
+  return report.result();
+}
+
+Outcome Filler::fill(const Records& records, std::span<const std::int64_t> sources, std::span<const float> table, void* out) {
+  struct RawTiles {
+    const Records& records;
+    std::ptrdiff_t row_bytes, tile_bytes, sample_bytes;
+    bool usable(std::int64_t sample) const {
+      return static_cast<std::ptrdiff_t>(records.bytes(sample).size()) == sample_bytes && records.intact(sample);
+    }
+    TileSource at(std::int64_t sample, int tile) const { return {records.bytes(sample).data() + tile * tile_bytes, row_bytes}; }
+  };
+  const std::ptrdiff_t row_bytes = 3L * settings_.width;
+  return fill_from(RawTiles{records, row_bytes, row_bytes * settings_.height, picture_bytes()}, records.size() * tiles_, sources,
+                   table, out);
+}
+
+Outcome Filler::fill(std::span<const std::uint8_t> pictures, std::span<const std::int64_t> sources, std::span<const float> table,
+                     void* out) {
+  struct PictureTiles {
+    const std::uint8_t* pictures;
+    std::ptrdiff_t row_bytes, tile_row_bytes, picture_bytes;
+    bool usable(std::int64_t) const { return true; }
+    TileSource at(std::int64_t sample, int tile) const {
+      return {pictures + sample * picture_bytes + tile * tile_row_bytes, row_bytes};
+    }
+  };
+  const std::ptrdiff_t tile_row_bytes = 3L * settings_.width;
+  const PictureTiles tiles{pictures.data(), tile_row_bytes * tiles_, tile_row_bytes, picture_bytes()};
+  return fill_from(tiles, static_cast<std::int64_t>(pictures.size()) / picture_bytes() * tiles_, sources, table, out);
+}
+
+Outcome Filler::decode(const Records& records, Encoding encoding, std::span<const std::int64_t> ids,
+                       std::span<const std::int64_t> rows, std::span<std::uint8_t> pictures) {
+  if (ids.size() != rows.size()) throw std::invalid_argument("as many rows as ids");
+  const std::int64_t room = static_cast<std::int64_t>(pictures.size()) / picture_bytes();
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    if (ids[i] < 0 || ids[i] >= records.size() || rows[i] < 0 || rows[i] >= room)
+      throw std::invalid_argument("an id or row is out of range");
+  const auto count = static_cast<std::int64_t>(ids.size());
+  Report report;
+  pool_.run(threads_, (count + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
+    const double started = worker != 0 ? thread_seconds() : 0.0;
+    Decoder decoder(encoding, settings_.width * tiles_, settings_.height);
+    for (std::int64_t i = task * kRowsPerTask; i < std::min(count, (task + 1) * kRowsPerTask); ++i) {
+      const bool good = records.intact(ids[i]) && decoder.decode(records.bytes(ids[i]), &pictures[rows[i] * picture_bytes()]);
+      if (!good) report.damaged(ids[i]);
+    }
+    if (worker != 0) report.spent(thread_seconds() - started);
+  });
+  return report.result();
+}
+
+}  // namespace pairclip::loader

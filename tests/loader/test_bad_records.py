@@ -1,0 +1,194 @@
+"""Records that change on disk: found by every backend, and treated as the policy says."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loader import BACKENDS, CPU, FULL, STD, make_named_loader, skip_if_absent
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.loader import Batch, Loader
+from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.errors import DataError
+from pairclip_fast.events import Event, EventLog
+
+BAD = 17
+Damage = Callable[..., Path]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    skip_if_absent(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def damaged(make_folder: Callable[..., Path], pixels: np.ndarray) -> Damage:
+    """A folder of 30 samples in three shards, in some of whose records a bit was flipped."""
+
+    def make(*bad: int, encoding: str = "raw") -> Path:
+        folder = make_folder(pixels[:30], encoding=encoding, shard_size=12)
+        with ShardReader(folder, "train") as reader:
+            places = [(reader.shard_paths[sample // 12], int(reader.records.offsets[sample])) for sample in bad]
+        for path, offset in places:
+            data = bytearray(path.read_bytes())
+            data[offset + 1000] ^= 4
+            path.write_bytes(data)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def told(events: EventLog) -> list[Event]:
+    seen: list[Event] = []
+    events.subscribe(seen.append)
+    return seen
+
+
+def open_loader(folder: Path, backend: str, events: EventLog, **options: Any) -> Loader:
+    settings = {"split": "train", "batch_size": 7, "augment": FULL, "seed": 5, "device": CPU, "drop_last": False, **options}
+    return make_named_loader(folder, backend=backend, events=events, **settings)
+
+
+def rows_by_id(loader: Loader) -> dict[int, tuple[torch.Tensor, int, bool]]:
+    """One epoch: sample id -> picture, caption and validity; padding left out."""
+    rows: dict[int, tuple[torch.Tensor, int, bool]] = {}
+    left = 30
+    for batch in loader:
+        for row in range(min(7, left)):
+            rows[int(batch.sample_ids[row])] = (batch.images[row], int(batch.caption_ids[row]), bool(batch.valid[row]))
+        left -= 7
+    assert sorted(rows) == list(range(30))
+    return rows
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_a_flipped_bit_is_found_and_named(encoding: str, backend: str, damaged: Damage, events: EventLog) -> None:
+    loader = open_loader(damaged(BAD, encoding=encoding), backend, events)
+    with pytest.raises(BadRecordError, match="have changed") as caught:
+        list(loader)
+    loader.close()
+    assert caught.value.sample_id == BAD
+    assert str(caught.value.where).endswith("000001.tar: 000000017")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_skipping_keeps_the_shape_of_the_batch(encoding: str, backend: str, damaged: Damage, events: EventLog, told: list[Event]) -> None:
+    good = rows_by_id(open_loader(damaged(encoding=encoding), backend, events))
+    loader = open_loader(damaged(BAD, encoding=encoding), backend, events, on_bad_record="skip")
+    for _ in range(2):
+        epoch, rows = loader.state_dict()["epoch"], rows_by_id(loader)
+        picture, _, valid = rows.pop(BAD)
+        assert not valid
+        assert not picture.any()
+        assert all(valid for _, _, valid in rows.values())
+        assert epoch != 0 or all(torch.equal(rows[i][0], good[i][0]) for i in rows)
+    (event,) = (event for event in told if event["event"] == "bad_record")
+    assert (event["key"], event["policy"], Path(event["shard"]).name) == ("000000017", "skip", "000001.tar")
+    assert event["offset"] > 0
+    assert "changed" in event["reason"]
+    assert loader.stats.bad_records == 1
+    loader.close()
+
+
+def test_substitution_takes_pixels_and_caption_of_the_next_good_sample(backend: str, damaged: Damage, events: EventLog) -> None:
+    plain = rows_by_id(open_loader(damaged(), backend, events, augment=None))
+    for batch_size in (7, 30):
+        loader = open_loader(damaged(29), backend, events, augment=None, on_bad_record="substitute", batch_size=batch_size)
+        for batch in loader:
+            assert int(batch.valid.sum()) == min(batch_size, 30 - batch.step * batch_size)
+            for row, sample_id in enumerate(batch.sample_ids.tolist()):
+                picture, caption, _ = plain[0 if sample_id == 29 else sample_id]  # after the last comes the first
+                assert torch.equal(batch.images[row], picture)
+                assert int(batch.caption_ids[row]) == caption
+        loader.close()
+
+
+def test_a_mixture_with_a_bad_partner_is_skipped_too(backend: str, damaged: Damage, events: EventLog) -> None:
+    augment = AugmentConfig(mix="mixup", mix_probability=1.0)
+    good = rows_by_id(open_loader(damaged(), backend, events, augment=augment))
+    rows = rows_by_id(open_loader(damaged(BAD), backend, events, augment=augment, on_bad_record="skip"))
+    skipped = [sample_id for sample_id, (_, _, valid) in rows.items() if not valid]
+    assert BAD in skipped
+    assert len(skipped) == 2
+    for sample_id, (picture, _, valid) in rows.items():
+        assert torch.equal(picture, good[sample_id][0]) if valid else not picture.any()
+
+
+def test_backends_agree_on_what_is_left(damaged: Damage, events: EventLog) -> None:
+    folder = damaged(BAD)
+    for policy in ("skip", "substitute"):
+        streams = [list(open_loader(folder, name, events, on_bad_record=policy)) for name in ("native", "twin", "reference")]
+        for batches in zip(*streams, strict=True):
+            first: Batch = batches[0]
+            for other in batches[1:]:
+                assert torch.equal(first.valid, other.valid)
+                assert torch.equal(first.caption_ids, other.caption_ids)
+                assert ((first.images - other.images).abs() * STD).max() < 0.02
+
+
+@pytest.mark.parametrize("policy", ["skip", "substitute"])
+def test_too_many_bad_records_stop_under_every_policy(policy: str, backend: str, damaged: Damage, events: EventLog) -> None:
+    loader = open_loader(damaged(3, BAD), backend, events, on_bad_record=policy)
+    with pytest.raises(DataError, match="too many bad records") as caught:
+        list(loader)
+    loader.close()
+    assert caught.value.got == "2" or caught.value.got == 2
+
+
+def test_a_resumed_loader_knows_its_bad_records(damaged: Damage, events: EventLog, told: list[Event]) -> None:
+    folder = damaged(BAD)
+    first = open_loader(folder, "native", events, on_bad_record="skip")
+    whole = list(first)
+    first.set_epoch(0)
+    iterator = iter(first)
+    for _ in range(5):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    assert state["bad"] == "17"
+    told.clear()
+    second = open_loader(folder, "native", events, on_bad_record="skip")
+    second.load_state_dict({**state, "epoch": 0, "cursor": 0})
+    for before, after in zip(whole, second, strict=True):
+        assert torch.equal(before.valid, after.valid)
+        assert torch.equal(before.images, after.images)
+    assert [event for event in told if event["event"] == "bad_record"] == []
+    assert second.stats.bad_records == 1
+    for nonsense in ("x", "-1", "30", "1 2 y"):
+        with pytest.raises(DataError, match="damaged"):
+            second.load_state_dict({**state, "bad": nonsense})
+    second.close()
+
+
+def test_a_grey_picture_is_a_bad_record(backend: str, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are what was written, but they are no RGB picture: only decoding tells."""
+    from pairclip_fast.data import writer
+
+    plain = writer.encode_tiles
+
+    def encode(tiles: np.ndarray, encoding: str) -> bytes:
+        data = plain(tiles, encoding)
+        if tiles[0, 0, 0].tolist() == [1, 2, 3]:
+            file = io.BytesIO()
+            Image.open(io.BytesIO(data)).convert("L").save(file, "PNG")
+            return file.getvalue()
+        return data
+
+    monkeypatch.setattr(writer, "encode_tiles", encode)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 2, 32, 32, 3), dtype=np.uint8)
+    pixels[4, 0, 0, 0] = 1, 2, 3
+    loader = open_loader(make_folder(pixels, encoding="png"), backend, EventLog(None, console=False), on_bad_record="skip")
+    invalid = {int(i) for batch in loader for i, valid in zip(batch.sample_ids, batch.valid, strict=True) if not valid}
+    loader.close()
+    assert 4 in invalid
