@@ -22,6 +22,7 @@ from augment_oracle import MEAN, STD, oracle
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends import resident, triton_tiles
 from pairclip_fast.data.backends.reference import ReferenceExecutor
+from pairclip_fast.data.bad_records import BadRecords
 from pairclip_fast.data.loader import PlannedLoader
 from pairclip_fast.data.parameters import PARTNER, Draw, own_tiles
 from pairclip_fast.data.plan import Plan
@@ -140,7 +141,8 @@ def test_a_whole_epoch_is_that_of_the_reference(folder: Path, events: EventLog) 
         reader = ShardReader(folder, "train")
         executor = make(reader, augment=MIXED, device=CPU, events=events)
         plan = Plan(num_samples=len(reader), batch_size=4, seed=5, drop_last=False)
-        loaders.append(PlannedLoader(executor, reader=reader, plan=plan, augment=MIXED, device=CPU))
+        bad_records = BadRecords(reader, policy="raise", events=events)
+        loaders.append(PlannedLoader(executor, reader=reader, plan=plan, augment=MIXED, device=CPU, bad_records=bad_records))
     assert [loader.backend for loader in loaders] == ["reference", "resident"]
     assert events.fallbacks == []
     spread = torch.tensor(STD).view(3, 1, 1)
