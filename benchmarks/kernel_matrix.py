@@ -284,7 +284,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "not measured. Compute capabilities below 8.0 run torch. No cell spills. Tiles are rows x columns x depth; tensor memory is",
         "in columns; the last column says how often the worst product is computed.",
         "",
-        "| capability, kernel, variant, dtype, features | tile | slice | warps | registers | shared KiB | tensor memory | units | times |",
+        "| capability, kernel, variant, dtype, features | tile | slice | warps | registers | shared KiB | tensor memory | driven by "
+        "| times |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
