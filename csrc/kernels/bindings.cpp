@@ -95,6 +95,14 @@ void bind(nb::module_& module) {
         engine(name, Element::float32).exponentials(numbers.data(), static_cast<std::int64_t>(numbers.size()));
       },
       "The softmax's exp, in place; for tests.");
+  module.def(
+      "multiply_adds",
+      [](const std::string& name, std::int64_t rounds) {
+        const Engine& chosen = engine(name, Element::float32);
+        const nb::gil_scoped_release released;
+        return chosen.multiply_adds(rounds);
+      },
+      "Multiply-adds that wait for nothing, on this thread, and their flop; for benchmarks.");
   bind_softmax(module);
   bind_stats(module);
   bind_chosen(module);

@@ -76,7 +76,11 @@ struct Engine {
   void (*stats)(const Step& step, float scale, StatsRow* rows);
   void (*topk)(const Step& step, TopkSize size, TopkRow* rows);
   void (*sort)(TopkSize size, TopkRow* row);                 // the k best, best first
-  void (*exponentials)(float* numbers, std::int64_t count);  // for the tests; a multiple of kSlack
+
+  // For tests: exp in place; a multiple of kSlack numbers. For benchmarks: the flop of that many rounds of multiply-adds that
+  // wait for nothing, on this thread.
+  void (*exponentials)(float* numbers, std::int64_t count);
+  double (*multiply_adds)(std::int64_t rounds);
 };
 
 }  // namespace pairclip::kernels

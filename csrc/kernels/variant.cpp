@@ -14,6 +14,20 @@ void exponentials(float* numbers, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kLanes) store(numbers + i, exponential(load(numbers + i)));
 }
 
+double multiply_adds(std::int64_t rounds) {
+  constexpr int kChains = 12;  // two a cycle, four cycles each, and some to spare
+  Vec sums[kChains];
+  for (int i = 0; i < kChains; ++i) sums[i] = set(static_cast<float>(i));  // all different: none can be left out
+  const Vec factor = set(0.5f);
+  for (std::int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (Vec& sum : sums) sum = fma(sum, factor, factor);
+  }
+  Vec total{};
+  for (const Vec& sum : sums) total += sum;
+  return sum(total) >= 0 ? 2.0 * kLanes * kChains * static_cast<double>(rounds) : 0.0;
+}
+
 template <class Products>
 constexpr Engine engine(const Engine* fallback) {
   return {.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
@@ -34,7 +48,8 @@ constexpr Engine engine(const Engine* fallback) {
           .stats = stats_step<Products>,
           .topk = topk_step<Products>,
           .sort = [](TopkSize size, TopkRow* row) { sort_best(*row, size.k); },
-          .exponentials = exponentials};
+          .exponentials = exponentials,
+          .multiply_adds = multiply_adds};
 }
 
 constexpr Engine kFma = engine<FmaProducts>(nullptr);
