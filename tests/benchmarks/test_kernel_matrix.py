@@ -25,14 +25,8 @@ GOOD = {
     "compile_s": 2.0,
 }
 STATES = ("registers", "shared_bytes", "tensor_memory_columns", "tensor_instructions", "redundancy", "family", "tile", "warps", "stages")
-AGAIN = (
-    "8.0 softmax_kernel ieee bf16 512",
-    "8.6 softmax_kernel tf32 fp32 512",
-    "9.0 stats_kernel groups fp32 512",
-    "10.0 filter_kernel ieee bf16 512",
-    "12.0 pair_kernel tf32x3 fp32 512",
-)
-"""One cell of each kernel, and between them every family of tensor-core instructions."""
+AGAIN = ("8.0 softmax_kernel ieee bf16 512", "9.0 stats_kernel groups fp32 512", "10.0 filter_kernel ieee bf16 512")
+"""Between them the three large kernels and every family of tensor-core instructions; all cells are the benchmark's business."""
 
 
 def record() -> dict[str, Any]:
