@@ -37,7 +37,7 @@ struct TopkRow {
 
 struct TopkSize {
   int k;
-  int capacity;  // of keys and indices; at least k + 2 * kSlack
+  int capacity;  // of keys and indices: a multiple of kSlack, at least k + 2 * kSlack
 };
 constexpr int kSlack = 16;  // lanes of the widest vector: a compressed store may write so far past the end
 
@@ -75,7 +75,7 @@ struct Engine {
   void (*softmax)(const Step& step, float scale, SoftmaxRow* rows, float* mean);  // mean [rows, depth]
   void (*stats)(const Step& step, float scale, StatsRow* rows);
   void (*topk)(const Step& step, TopkSize size, TopkRow* rows);
-  void (*sort)(TopkSize size, TopkRow* row);                 // the k best, best first
+  void (*sort)(TopkSize size, TopkRow* row);  // the k best, best first
 
   // For tests: exp in place; a multiple of kSlack numbers. For benchmarks: the flop of that many rounds of multiply-adds that
   // wait for nothing, on this thread.
