@@ -36,12 +36,11 @@ void bank_softmax(const Call& call, float scale, float* lse, float* mean) {
     std::fill(mean + begin * depth, mean + end * depth, 0.0f);
     stream.run(
         true, [&](const Step& step, std::int64_t row) { engine.softmax(step, scale, &rows[row], mean + (begin + row) * depth); });
-    for (std::int64_t i = begin; i < end; ++i) {
-      const SoftmaxRow& row = rows[i - begin];
-      lse[i] = log_partition(row);
-      const float total = static_cast<float>(row.total);
-      for (std::int64_t d = i * depth; d < (i + 1) * depth; ++d) mean[d] /= total;
-    }
+    stream.for_rows([&](std::int64_t i) {
+      lse[begin + i] = log_partition(rows[i]);
+      const float total = static_cast<float>(rows[i].total);
+      for (std::int64_t d = (begin + i) * depth; d < (begin + i + 1) * depth; ++d) mean[d] /= total;
+    });
   });
 }
 
@@ -86,7 +85,7 @@ void pair_scores(const Call& call, const std::int64_t* indices, std::int64_t cho
 }
 
 void bank_topk(const Call& call, int k, float* scores, std::int64_t* indices) {
-  const TopkSize size{.k = k, .capacity = std::max(4 * k, k + 192) + 2 * kSlack};
+  const TopkSize size{.k = k, .capacity = (std::max(4 * k, k + 192) + 3 * kSlack - 1) / kSlack * kSlack};
   const std::int64_t most = std::clamp<std::int64_t>(kCandidateBytes / (2 * sizeof(std::int32_t) * size.capacity), 1, kMostRows);
   in_batches(call, most, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
@@ -95,15 +94,15 @@ void bank_topk(const Call& call, int k, float* scores, std::int64_t* indices) {
     std::vector<TopkRow> rows;
     for (std::int64_t i = begin; i < end; ++i, at += 2 * size.capacity) rows.push_back({kNaN, 0, at, at + size.capacity});
     stream.run(false, [&](const Step& step, std::int64_t row) { engine.topk(step, size, &rows[row]); });
-    for (std::int64_t i = begin; i < end; ++i) {
-      TopkRow& row = rows[i - begin];
+    stream.for_rows([&](std::int64_t i) {
+      TopkRow& row = rows[i];
       engine.sort(size, &row);
       for (int j = 0; j < k; ++j) {
         const std::int32_t key = row.keys[j];
-        scores[i * k + j] = std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
-        indices[i * k + j] = row.indices[j];
+        scores[(begin + i) * k + j] = std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
+        indices[(begin + i) * k + j] = row.indices[j];
       }
-    }
+    });
   });
 }
 

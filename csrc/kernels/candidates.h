@@ -51,25 +51,32 @@ inline std::int32_t kth_key(const TopkRow& row, int k) {
   return static_cast<std::int32_t>(low);
 }
 
+// The lowest `count` of the bits that are set.
+inline unsigned first_bits(unsigned set, int count) {
+  unsigned kept = 0;
+  for (; count > 0 && set != 0; --count, set &= set - 1) kept |= set & -set;
+  return kept;
+}
+
 // Cuts the candidates back to the k best. The first among equals stay.
 inline void keep_best(TopkRow& row, int k) {
-  if (row.count > k) {
-    const std::int32_t bound = kth_key(row, k);
-    int equals = k - (bound == kNanKey ? 0 : count_from(row, bound + 1));
-    int kept = 0;
-    for (int i = 0; i < row.count; ++i) {
-      const std::int32_t key = row.keys[i], index = row.indices[i];
-      const bool keep = key > bound || (key == bound && equals > 0);
-      equals -= key == bound;
-      row.keys[kept] = key;
-      row.indices[kept] = index;
-      kept += keep;
-    }
-    row.count = kept;
-    // Later scores must exceed the k-th best. Nothing exceeds NaN; +inf as the bound lets only NaN through, which is cut off
-    // again by its index.
-    row.threshold = bound == kNanKey ? std::numeric_limits<float>::infinity() : score_of(bound);
+  if (row.count <= k) return;
+  const std::int32_t bound = kth_key(row, k);
+  int equals = k - (bound == kNanKey ? 0 : count_from(row, bound + 1));
+  int kept = 0;
+  for (int i = 0; i < row.count; i += kLanes) {
+    const Ints keys = load(row.keys + i), indices = load(row.indices + i);
+    const unsigned live = lanes_before(i, row.count);
+    const unsigned same = first_bits(bits(keys == bound) & live, equals);
+    const unsigned chosen = (bits(keys > bound) & live) | same;
+    compress(row.keys + kept, keys, chosen);  // writes no further than it has read
+    kept += compress(row.indices + kept, indices, chosen);
+    equals -= __builtin_popcount(same);
   }
+  row.count = kept;
+  // Later scores must exceed the k-th best. Nothing exceeds NaN; +inf as the bound lets only NaN through, which is cut off
+  // again by its index.
+  row.threshold = bound == kNanKey ? std::numeric_limits<float>::infinity() : score_of(bound);
 }
 
 struct Candidate {

@@ -37,7 +37,7 @@ struct TopkRow {
 
 struct TopkSize {
   int k;
-  int capacity;  // of keys and indices; at least k + 2 * kSlack
+  int capacity;  // of keys and indices: a multiple of kSlack, at least k + 2 * kSlack
 };
 constexpr int kSlack = 16;  // lanes of the widest vector: a compressed store may write so far past the end
 

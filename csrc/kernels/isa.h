@@ -47,21 +47,23 @@ inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
 inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
 
 // fma(a, b, c) = a * b + c, rounded once where the processor can.
-// not_less_equal(a, b): a bit per lane; true where either is NaN.
+// not_less_equal(a, b): a bit per lane; true where either is NaN. bits(truth): a bit per lane of what is 0 or -1.
 #if defined(__AVX512F__)
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+inline unsigned bits(Ints truth) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth)); }
 #elif defined(__AVX2__)
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+inline unsigned bits(Ints truth) { return _mm256_movemask_ps(reinterpret_cast<__m256>(truth)); }
 #else
-inline unsigned lanes(Ints truth) {
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(truth[i] & 1) << i;
-  return bits;
+inline unsigned bits(Ints truth) {
+  unsigned found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= static_cast<unsigned>(truth[i] & 1) << i;
+  return found;
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline unsigned not_less_equal(Vec a, Vec b) { return lanes(~(a <= b)); }
+inline unsigned not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
 #endif
 
 // Lane numbers, from memory: compilers build a vector that is filled lane by lane just so.

@@ -11,8 +11,9 @@
 namespace pairclip::kernels {
 namespace {
 
-constexpr std::size_t kChunkBytes = 4u << 20;  // packed bank that all threads share at a time
-constexpr std::int64_t kMostBlocks = 8;        // of a group: their queries and a tile together fill a second-level cache
+// Packed bank that all threads share at a time. 1 to 2 MB are still in a second-level cache when they are used.
+constexpr std::size_t kChunkBytes = 2u << 20;
+constexpr std::int64_t kMostBlocks = 8;  // of a group: their queries and a tile together fill a second-level cache
 
 ThreadPool& pool() {
   static ThreadPool threads;
@@ -116,6 +117,12 @@ void Stream::run(bool with_values, const Visit& visit) const {
       }
     });
   }
+}
+
+void Stream::for_rows(const std::function<void(std::int64_t row)>& visit) const {
+  pool().run(threads_, blocks_, [&](std::int64_t block, int) {
+    for (int r = 0; r < rows_of(block); ++r) visit(block * engine_.rows + r);
+  });
 }
 
 void Stream::run_chosen(const Chosen& chosen, const VisitChosen& visit) const {
