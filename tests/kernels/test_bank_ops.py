@@ -198,6 +198,25 @@ def test_low_precision_inputs_are_scored_in_float32() -> None:
     assert torch.equal(stats.greater, reference.bank_stats(emb.double(), bank.double(), SCALE.double(), torch.arange(5))[2])
 
 
+def test_ranks_are_never_made_from_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    plain = portable.bank_topk
+
+    def watched(*arguments: object) -> tuple[Tensor, Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return plain(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("PAIRCLIP_BACKEND", "torch")
+    monkeypatch.setattr(portable, "bank_topk", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        ops.bank_topk(unit(2, 4), unit(5, 4, seed=1), k=2)
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_autocast_does_not_round_scores() -> None:
     emb, bank = unit(5, 32), unit(200, 32, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
