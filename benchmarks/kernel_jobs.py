@@ -85,7 +85,7 @@ def rank_job(problems: Sequence[Problem], index: Any) -> Job:
         variants |= _rank_variants(problem)
     if index is not None:
         emb, exact = problems[0].emb, exact_scores(problems[0])
-        variants["faiss float32, k=1"] = Variant(lambda: index.search(emb.numpy(), 1), lambda found: _topk_right(found[1], exact))
+        variants["faiss float32, k=1"] = Variant(lambda: index.search(emb.numpy(), 1), functools.partial(_topk_right, exact=exact))
     return Job(name="ranks", products=1, rows=len(problems[0].emb), variants=variants)
 
 
@@ -122,19 +122,19 @@ def topk_job(problems: Sequence[Problem], index: Any, k: int) -> Job:
     for problem in problems:
         call = functools.partial(ops.bank_topk, problem.emb, problem.bank, k=k)
         exact = exact_scores(problem)
-        variants[f"ours {problem.precision}"] = Variant(call, lambda found, exact=exact: _topk_right(found[1], exact))
+        variants[f"ours {problem.precision}"] = Variant(call, functools.partial(_topk_right, exact=exact))
     emb, bank, exact = problems[0].emb, problems[0].bank, exact_scores(problems[0])
     scores = torch.empty(len(emb), len(bank), dtype=emb.dtype)
     variants["torch mm + topk float32"] = Variant(
-        lambda: torch.mm(emb, bank.T, out=scores).topk(k, dim=1), lambda found: _topk_right(found[1], exact)
+        lambda: torch.mm(emb, bank.T, out=scores).topk(k, dim=1), functools.partial(_topk_right, exact=exact)
     )
     if index is not None:
-        variants["faiss float32"] = Variant(lambda: index.search(emb.numpy(), k), lambda found: _topk_right(found[1], exact))
+        variants["faiss float32"] = Variant(lambda: index.search(emb.numpy(), k), functools.partial(_topk_right, exact=exact))
     return Job(name=f"top {k}", products=1, rows=len(emb), variants=variants)
 
 
-def _topk_right(found: Any, exact: Tensor) -> bool:
-    indices = torch.as_tensor(found)[:CHECKED_ROWS]
+def _topk_right(found: Any, *, exact: Tensor) -> bool:
+    indices = torch.as_tensor(found[1])[:CHECKED_ROWS]
     k = indices.shape[1]
     bound = exact.topk(k, dim=1).values[:, -1:] - 1e-6
     return bool((exact.gather(1, indices) >= bound).all()) and all(len(row.unique()) == k for row in indices)
