@@ -133,7 +133,7 @@ def topk_job(problems: Sequence[Problem], index: Any, k: int) -> Job:
     return Job(name=f"top {k}", products=1, rows=len(emb), variants=variants)
 
 
-def _topk_right(found: tuple[Any, Any], exact: Tensor) -> bool:
+def _topk_right(found: Any, *, exact: Tensor) -> bool:
     indices = torch.as_tensor(found[1])[:CHECKED_ROWS]
     k = indices.shape[1]
     bound = exact.topk(k, dim=1).values[:, -1:] - 1e-6
