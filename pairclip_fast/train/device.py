@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,18 @@ class Placement:
         """Wait until the device has done what was queued."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """A point in the device's time, for `seconds_between`: the host's clock, or on CUDA an event behind all that was queued."""
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds_between(self, earlier: Any, later: Any) -> float:
+        """From one mark to a later one; on CUDA both must have been reached."""
+        return float(earlier.elapsed_time(later)) / 1e3 if self.is_cuda else later - earlier
 
     def memory(self) -> dict[str, float]:
         """Device memory in GiB; empty on a CPU."""

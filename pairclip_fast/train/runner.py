@@ -17,6 +17,7 @@ from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.memory import host_memory
+from pairclip_fast.telemetry.time_ledger import TimeTotals, lap_cost_s
 from pairclip_fast.telemetry.timing import StepMeter
 from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
 from pairclip_fast.train.distributed import AGREEMENT_STEPS
@@ -67,7 +68,7 @@ class Runner:
         self.signals = SignalFlags()
         self.failed_save: StorageError | None = None
         self.evaluation_s = 0.0
-        self._meter = StepMeter(waited=lambda: self.loader.stats.wait_s)
+        self._meter, self._time, self._filled_s = StepMeter(trainee.ledger), TimeTotals(), 0.0
         self._line = ConsoleLine(events)
         self._loss_sum = torch.zeros((), device=parts.placement.device)
         self._loss_count = 0
@@ -86,7 +87,8 @@ class Runner:
         progress, steps = self.progress, self.parts.steps_per_epoch
         with self.signals:
             self._clock = self._saved_at = time.monotonic()
-            self._meter.restart()
+            self.trainee.ledger.restart()
+            self._meter.postpone()
             while progress.finished is None:
                 if progress.step < (progress.epoch + 1) * steps and self._train_epoch():
                     self._leave()
@@ -131,6 +133,7 @@ class Runner:
 
     def _tell(self, result: StepResult) -> None:
         """One `step` event and one line on the console; waits for the device."""
+        self.trainee.ledger.lap("other")
         self.parts.placement.synchronise()
         rates, progress, flops = self._meter.read(), self.progress, self.plan.flops_per_pair
         left = max(self.parts.total_steps - progress.step, 0) * self.parts.config.train.batch_size
@@ -151,18 +154,28 @@ class Runner:
             "data_wait_fraction": rates.data_wait_fraction,
             "pflop": flops * progress.samples_seen / 1e15,
             "eta_s": eta,
+            "time_s": rates.time_s,
+            "fill_s": self.loader.stats.fill_s - self._filled_s,
             "memory": host_memory() | self.parts.placement.memory(),
         }
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self._loss_count = 0
+        self._time.add(rates.time_s)
+        self._filled_s = self.loader.stats.fill_s
         self.events.emit("step", **fields)
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
         self._line.say(fields, total_steps=self.parts.total_steps, epochs=self.parts.config.train.epochs)
+        self.trainee.ledger.lap("telemetry")
 
     def save(self) -> None:
         """Write a checkpoint. A disk that fails does not end the training; the next save point tries again."""
+        self.trainee.ledger.lap("other")
+        self._save()
+        self.trainee.ledger.lap("checkpoint")
+
+    def _save(self) -> None:
         self.trainee.guard.check(events=self.events)
         self._account()
         self._saved_at = time.monotonic()
@@ -186,7 +199,9 @@ class Runner:
         """Evaluate, remember the best, decide whether to go on, save."""
         progress, train = self.progress, self.parts.config.train
         progress.epoch += 1
+        self.trainee.ledger.lap("other")
         metrics = self._evaluate()
+        self.trainee.ledger.lap("evaluation")
         best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
         if metrics is not None:
             self.events.emit("eval", step=progress.step, epoch=progress.epoch - 1, split="val", metrics=metrics, best=best)
@@ -196,7 +211,7 @@ class Runner:
         elif train.patience and progress.stale >= train.patience:
             progress.finished = "early_stop"
         self.save()
-        self._meter.restart()
+        self._meter.postpone()
         self.signals.stop = self.parts.processes.agree(self.signals.stop)
         if self.signals.stop and progress.finished is None:
             self._leave()
@@ -238,11 +253,14 @@ class Runner:
             if self.parts.processes.is_first:
                 write_evaluation(self.run, evaluation)
             metrics = evaluation.metrics
+        self.trainee.ledger.lap("evaluation")
         self._account()
-        self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **self._totals())
+        totals = self._totals()
+        self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **totals)
+        self._line.say_time(self._time, overhead=self._overhead())
         if self.failed_save is not None:
             raise self.failed_save
-        return result(self.run, progress, metrics=metrics, pflop=self._totals()["pflop"])
+        return result(self.run, progress, metrics=metrics, pflop=totals["pflop"])
 
     def _account(self) -> None:
         """Add the time since the last call to the run's."""
@@ -250,8 +268,18 @@ class Runner:
         self.progress.seconds += now - self._clock
         self._clock = now
 
-    def _totals(self) -> dict[str, float]:
-        return {"seconds": self.progress.seconds, "pflop": self.plan.flops_per_pair * self.progress.samples_seen / 1e15}
+    def _overhead(self) -> float:
+        """Share of the time that measuring took: telling, and the laps."""
+        ledger, total = self.trainee.ledger, self._time.total_s
+        return (self._time.seconds.get("telemetry", 0.0) + ledger.laps * lap_cost_s(ledger)) / total if total > 0 else 0.0
+
+    def _totals(self) -> dict[str, Any]:
+        """Of the run: time and work; of the time since the last `step` event: where it went."""
+        self.parts.placement.synchronise()
+        time_s = self.trainee.ledger.read()
+        self._time.add(time_s)
+        pflop = self.plan.flops_per_pair * self.progress.samples_seen / 1e15
+        return {"seconds": self.progress.seconds, "pflop": pflop, "time_s": time_s, "telemetry_share": self._overhead()}
 
     def _best(self) -> dict[str, Any] | None:
         best = self.progress.best

@@ -13,6 +13,7 @@ from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
+from pairclip_fast.telemetry.time_ledger import TimeLedger
 from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train.device import Placement
 from pairclip_fast.train.distributed import Processes, local_batch
@@ -112,6 +113,7 @@ def build_trainee(parts: Parts) -> Trainee:
         processes=processes,
         scaler=scaler,
         guard=FiniteGuard(placement.device, tolerance=FP16_STREAK if scaler.is_enabled() else 0),
+        ledger=TimeLedger(mark=placement.mark, between=placement.seconds_between),
         ema=Ema(module, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         parallel=processes.wrap(module, device=placement.device),
     )
