@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.data.loader import Batch
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.memory import MemoryReading, host_reading, reset_host_peak
+from pairclip_fast.telemetry.nvml import NvmlMemory
 
 GIB = 2**30
 CUDA_GUARD_STEPS = 32
@@ -75,13 +78,39 @@ class Placement:
         return float(earlier.elapsed_time(later)) / 1e3 if self.is_cuda else later - earlier
 
     def memory(self) -> dict[str, float]:
-        """Device memory in GiB; empty on a CPU."""
+        """Memory of torch's allocator on the device, in GiB; empty on a CPU."""
         if not self.is_cuda:
             return {}
         return {
             "cuda_allocated_gib": torch.cuda.memory_allocated(self.device) / GIB,
+            "cuda_reserved_gib": torch.cuda.memory_reserved(self.device) / GIB,
             "cuda_peak_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
         }
+
+    def memory_reading(self) -> MemoryReading:
+        """Of the device's memory, or of the host's where that is the device."""
+        if not self.is_cuda:
+            return host_reading()
+        self.synchronise()
+        return MemoryReading(
+            allocated=torch.cuda.memory_allocated(self.device),
+            reserved=torch.cuda.memory_reserved(self.device),
+            peak=torch.cuda.max_memory_reserved(self.device),
+        )
+
+    def forget_memory_peak(self) -> None:
+        """Give free memory back to the system, and count the peak anew."""
+        if self.is_cuda:
+            self.synchronise()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            give_back_memory()
+            reset_host_peak()
+
+    def nvml(self, *, events: EventLog) -> NvmlMemory | None:
+        """The driver's view of the device's memory; None on a CPU."""
+        return NvmlMemory(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}", events=events) if self.is_cuda else None
 
     def generator_states(self) -> dict[str, Tensor]:
         """States of torch's generators as uint8 tensors."""

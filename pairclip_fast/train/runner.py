@@ -6,6 +6,7 @@ the trainee and in `Progress`; the rest of this file tells and saves.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -16,12 +17,11 @@ import torch
 from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
-from pairclip_fast.telemetry.memory import host_memory
-from pairclip_fast.telemetry.time_ledger import TimeTotals, lap_cost_s
-from pairclip_fast.telemetry.timing import StepMeter
+from pairclip_fast.telemetry.memory_ledger import MemoryLedger
 from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
 from pairclip_fast.train.distributed import AGREEMENT_STEPS
 from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
+from pairclip_fast.train.ledgers import Ledgers
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
 from pairclip_fast.train.planning import TrainingPlan
 from pairclip_fast.train.progress import Progress
@@ -45,6 +45,7 @@ class Runner:
         plan: What was announced.
         identity: What the run was made from; goes into every checkpoint.
         peak: Practical peak of the device in TFLOP/s.
+        memory: Has seen the model come into being; sees the first epoch.
         events: The run's log.
     """
 
@@ -61,6 +62,7 @@ class Runner:
         plan: TrainingPlan,
         identity: dict[str, Any],
         peak: float,
+        memory: MemoryLedger,
         events: EventLog,
     ) -> None:
         self.run, self.parts, self.trainee, self.progress, self.loader = run, parts, trainee, progress, loader
@@ -68,7 +70,7 @@ class Runner:
         self.signals = SignalFlags()
         self.failed_save: StorageError | None = None
         self.evaluation_s = 0.0
-        self._meter, self._time, self._filled_s = StepMeter(trainee.ledger), TimeTotals(), 0.0
+        self.ledgers = Ledgers(trainee, loader=loader, memory=memory, counted=plan.memory_gib, events=events)
         self._line = ConsoleLine(events)
         self._loss_sum = torch.zeros((), device=parts.placement.device)
         self._loss_count = 0
@@ -85,10 +87,9 @@ class Runner:
             StorageError: the last save failed.
         """
         progress, steps = self.progress, self.parts.steps_per_epoch
-        with self.signals:
+        with self.signals, contextlib.closing(self.ledgers):
             self._clock = self._saved_at = time.monotonic()
-            self.trainee.ledger.restart()
-            self._meter.postpone()
+            self.ledgers.begin()
             while progress.finished is None:
                 if progress.step < (progress.epoch + 1) * steps and self._train_epoch():
                     self._leave()
@@ -101,7 +102,8 @@ class Runner:
         except torch.OutOfMemoryError as error:
             self.trainee.optimizer.zero_grad(set_to_none=True)
             self.save()
-            peak = self.parts.placement.memory().get("cuda_peak_gib", host_memory()["peak_rss_gib"])
+            memory = self.ledgers.memory()
+            peak = memory.get("cuda_peak_gib", memory.get("peak_rss_gib", memory["rss_gib"]))
             accumulate = 2 * self.parts.config.optimizer.accumulate
             raise EnvironmentLackingError(
                 "the device ran out of memory",
@@ -113,12 +115,12 @@ class Runner:
     def _after_step(self, batch: Batch, result: StepResult) -> bool:
         """What follows a step: look at the guard, tell, save, stop. True to stop."""
         progress = self.progress
-        self._meter.count(len(batch.sample_ids) * self.parts.processes.world_size)
+        self.ledgers.count(len(batch.sample_ids) * self.parts.processes.world_size)
         self._loss_sum += result.loss
         self._loss_count += 1
         if progress.step % self.parts.placement.guard_steps == 0:
             self.trainee.guard.check(events=self.events)
-        if self._meter.due or progress.step % self.parts.steps_per_epoch == 0:
+        if self.ledgers.due or progress.step % self.parts.steps_per_epoch == 0:
             self.trainee.guard.check(events=self.events)
             self._tell(result)
         if self.signals.take_save():
@@ -133,9 +135,9 @@ class Runner:
 
     def _tell(self, result: StepResult) -> None:
         """One `step` event and one line on the console; waits for the device."""
-        self.trainee.ledger.lap("other")
+        self.ledgers.lap("other")
         self.parts.placement.synchronise()
-        rates, progress, flops = self._meter.read(), self.progress, self.plan.flops_per_pair
+        rates, progress, flops = self.ledgers.read(), self.progress, self.plan.flops_per_pair
         left = max(self.parts.total_steps - progress.step, 0) * self.parts.config.train.batch_size
         evaluations = self.parts.config.train.epochs - progress.epoch + 1
         tflops = rates.pairs_per_second * flops / 1e12
@@ -155,25 +157,23 @@ class Runner:
             "pflop": flops * progress.samples_seen / 1e15,
             "eta_s": eta,
             "time_s": rates.time_s,
-            "fill_s": self.loader.stats.fill_s - self._filled_s,
-            "memory": host_memory() | self.parts.placement.memory(),
+            "fill_s": self.ledgers.fill_s(),
+            "memory": self.ledgers.memory(),
         }
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self._loss_count = 0
-        self._time.add(rates.time_s)
-        self._filled_s = self.loader.stats.fill_s
         self.events.emit("step", **fields)
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
         self._line.say(fields, total_steps=self.parts.total_steps, epochs=self.parts.config.train.epochs)
-        self.trainee.ledger.lap("telemetry")
+        self.ledgers.lap("telemetry")
 
     def save(self) -> None:
         """Write a checkpoint. A disk that fails does not end the training; the next save point tries again."""
-        self.trainee.ledger.lap("other")
+        self.ledgers.lap("other")
         self._save()
-        self.trainee.ledger.lap("checkpoint")
+        self.ledgers.lap("checkpoint")
 
     def _save(self) -> None:
         self.trainee.guard.check(events=self.events)
@@ -199,9 +199,10 @@ class Runner:
         """Evaluate, remember the best, decide whether to go on, save."""
         progress, train = self.progress, self.parts.config.train
         progress.epoch += 1
-        self.trainee.ledger.lap("other")
+        self.ledgers.lap("other")
+        self.ledgers.end_training()
         metrics = self._evaluate()
-        self.trainee.ledger.lap("evaluation")
+        self.ledgers.end_evaluation()
         best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
         if metrics is not None:
             self.events.emit("eval", step=progress.step, epoch=progress.epoch - 1, split="val", metrics=metrics, best=best)
@@ -211,7 +212,7 @@ class Runner:
         elif train.patience and progress.stale >= train.patience:
             progress.finished = "early_stop"
         self.save()
-        self._meter.postpone()
+        self.ledgers.postpone()
         self.signals.stop = self.parts.processes.agree(self.signals.stop)
         if self.signals.stop and progress.finished is None:
             self._leave()
@@ -253,11 +254,11 @@ class Runner:
             if self.parts.processes.is_first:
                 write_evaluation(self.run, evaluation)
             metrics = evaluation.metrics
-        self.trainee.ledger.lap("evaluation")
+        self.ledgers.lap("evaluation")
         self._account()
         totals = self._totals()
         self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **totals)
-        self._line.say_time(self._time, overhead=self._overhead())
+        self._line.say_ledgers(self.ledgers.totals, overhead=totals["telemetry_share"], memory=self.ledgers.memory_rows())
         if self.failed_save is not None:
             raise self.failed_save
         return result(self.run, progress, metrics=metrics, pflop=totals["pflop"])
@@ -268,18 +269,10 @@ class Runner:
         self.progress.seconds += now - self._clock
         self._clock = now
 
-    def _overhead(self) -> float:
-        """Share of the time that measuring took: telling, and the laps."""
-        ledger, total = self.trainee.ledger, self._time.total_s
-        return (self._time.seconds.get("telemetry", 0.0) + ledger.laps * lap_cost_s(ledger)) / total if total > 0 else 0.0
-
     def _totals(self) -> dict[str, Any]:
         """Of the run: time and work; of the time since the last `step` event: where it went."""
-        self.parts.placement.synchronise()
-        time_s = self.trainee.ledger.read()
-        self._time.add(time_s)
         pflop = self.plan.flops_per_pair * self.progress.samples_seen / 1e15
-        return {"seconds": self.progress.seconds, "pflop": pflop, "time_s": time_s, "telemetry_share": self._overhead()}
+        return {"seconds": self.progress.seconds, "pflop": pflop, **self.ledgers.rest()}
 
     def _best(self) -> dict[str, Any] | None:
         best = self.progress.best

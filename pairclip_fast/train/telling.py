@@ -41,8 +41,12 @@ class ConsoleLine:
             f"  data wait {fields['data_wait_fraction']:.0%}  ETA {eta}"
         )
 
-    def say_time(self, totals: TimeTotals, *, overhead: float) -> None:
-        """Say where the time went, and what limits the speed."""
+    def say_ledgers(self, totals: TimeTotals, *, overhead: float, memory: dict[str, Any]) -> None:
+        """Say what the memory was for, where the time went, and what limits the speed."""
+        if memory["peak_gib"] is not None:
+            items = ((row["item"], row["measured_gib"]) for row in memory["rows"])
+            words = ", ".join(f"{item} {size:.2f}" for item, size in items if size is not None)
+            self._events.say(f"memory: {memory['peak_gib']:.2f} GiB at the peak of training; by item: {words}")
         shares = totals.shares()
         found = find_bottleneck(shares)
         if found is None:
