@@ -98,14 +98,20 @@ class Placement:
             peak=torch.cuda.max_memory_reserved(self.device),
         )
 
-    def forget_memory_peak(self) -> None:
-        """Give free memory back to the system, and count the peak anew."""
+    def give_back(self) -> None:
+        """Return memory that is kept but free to the system: blocks of one size are of no use to the next task of another."""
         if self.is_cuda:
             self.synchronise()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             give_back_memory()
+
+    def forget_memory_peak(self) -> None:
+        """Give free memory back, and count the peak anew."""
+        self.give_back()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
             reset_host_peak()
 
     def nvml(self, *, events: EventLog) -> NvmlMemory | None:

@@ -162,7 +162,17 @@ def saved_bytes(run: Callable[[], object], *, module: torch.nn.Module) -> int:
 
 
 def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> TrainingPlan:
-    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing.
+    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing."""
+    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, events=events)
+    placement = parts.placement
+    backend = choose_backend(config.train.loader, device=placement.device, events=events)
+    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
+    with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
+        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+
+
+def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> Parts:
+    """The parts of a run that is not started, for its plan or for a trial; writes nothing.
 
     Without a caption bank on disk, the bank's size is taken from the configuration and its features are noise: the cost is
     the same.
@@ -176,11 +186,7 @@ def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, ev
     if paths and bank.kind == "raw":
         bank = used_bank(bank, config)
     processes = Processes()
-    parts = Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
-    backend = choose_backend(config.train.loader, device=placement.device, events=events)
-    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
-    with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
-        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+    return Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
 
 
 def _noise_bank(config: RunConfig, manifest: Manifest) -> CaptionBank:

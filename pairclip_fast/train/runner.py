@@ -222,6 +222,7 @@ class Runner:
         if self.evaluator is None:
             return None
         started = time.monotonic()
+        self.parts.placement.give_back()  # or the peak would be that of the training plus that of the evaluation
         metrics = scalars(self.evaluator(self.trainee.evaluated).metrics)
         self.evaluation_s = time.monotonic() - started
         return metrics
