@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.backends.executor import Executor
+from pairclip_fast.data.backends.executor import DrawingExecutor, Executor
 from pairclip_fast.data.backends.pictures import usable_threads
 from pairclip_fast.data.bad_records import BadRecords, Policy
 from pairclip_fast.data.mixing import blend
+from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.recipe import Recipe
@@ -221,10 +222,9 @@ class PlannedLoader:
 
     def _try_batch(self, epoch: int, cursor: int) -> Batch:
         ids, valid = self._plan.ids_at(epoch, cursor=cursor)
-        rows = self._recipe.rows(ids, epoch=epoch)
-        sources, skipped = self._bad_records.replaced(rows.sources)
-        images = self._executor.fill(sources, rows.table)
-        columns: dict[str, NDArray[Any]] = {"caption_ids": rows.caption_ids, "sample_ids": ids}
+        draw, caption_ids = self._recipe.draw(ids, epoch=epoch)
+        images, skipped = self._fill(draw)
+        columns: dict[str, NDArray[Any]] = {"caption_ids": caption_ids, "sample_ids": ids}
         if self._recipe.augment.mix != "none":
             columns |= self._mix(images, ids, skipped, epoch=epoch, cursor=cursor)
         columns["valid"] = valid & ~skipped
@@ -233,6 +233,14 @@ class PlannedLoader:
         tensors = {name: self._to_device(column) for name, column in columns.items()}
         return Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
 
+    def _fill(self, draw: Draw) -> tuple[Tensor, NDArray[np.bool_]]:
+        """The pictures, and which of them are to be left out."""
+        executor = self._executor
+        sources, skipped = self._bad_records.replaced(draw.sources)
+        draw = dataclasses.replace(draw, sources=sources)
+        images = executor.fill_drawn(draw) if isinstance(executor, DrawingExecutor) else executor.fill(sources, draw.table())
+        return images, skipped
+
     def _mix(self, images: Tensor, ids: Ints, skipped: NDArray[np.bool_], *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
         """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled.
 
@@ -240,18 +248,17 @@ class PlannedLoader:
         """
         recipe = self._recipe
         mixture = recipe.mixture(ids, epoch=epoch)
-        partners = recipe.rows(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
+        partners, caption_ids = recipe.draw(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
         mixed = np.flatnonzero(mixture.weight < 1.0)
         if len(mixed):
-            sources, partner_skipped = self._bad_records.replaced(partners.sources[mixed])
+            others, partner_skipped = self._fill(partners.rows(mixed))
             skipped[mixed] |= partner_skipped
-            others = self._executor.fill(sources, partners.table[mixed])
             chosen = torch.from_numpy(mixed).to(images.device)
             part = images if len(mixed) == len(images) else images[chosen]
             part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])
             if part is not images:
                 images[chosen] = part
-        return {"partner_caption_ids": partners.caption_ids, "mix_weight": mixture.weight}
+        return {"partner_caption_ids": caption_ids, "mix_weight": mixture.weight}
 
     def _to_device(self, column: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(column)
@@ -361,6 +368,10 @@ def _make_executor(
     num_threads = usable_threads(world_size=plan.world_size, most=MAX_THREADS)
     if name == "native":
         return _make_native(reader, augment=augment, device=device, num_threads=num_threads, events=events)
+    if name == "reference" and device.type == "cuda":
+        from pairclip_fast.data.backends.resident import resident_executor
+
+        return resident_executor(reader, augment=augment, device=device, events=events)
     if name == "reference":
         from pairclip_fast.data.backends.reference import ReferenceExecutor
 

@@ -6,6 +6,7 @@ nothing but their own keys, so a picture is the same in every batch, on every ra
 
 from __future__ import annotations
 
+import dataclasses
 from enum import IntEnum
 
 import numpy as np
@@ -64,6 +65,35 @@ def identity_table(num_samples: int, *, tiles: int) -> NDArray[np.float32]:
 def own_tiles(ids: NDArray[np.int64], *, tiles: int) -> NDArray[np.int64]:
     """Sources int64 [batch, tiles] of samples as they were sharded: `id * tiles + tile`."""
     return ids[:, None] * tiles + np.arange(tiles)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """Tiles to augment, and everything that their parameters are a function of; see `parameter_table` for the fields."""
+
+    ids: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    tile_size: tuple[int, int]
+    seed: int
+    epoch: int
+    augment: AugmentConfig | None
+    partner: bool = False
+
+    def rows(self, chosen: NDArray[np.int64]) -> Draw:
+        """Some of the samples."""
+        return dataclasses.replace(self, ids=self.ids[chosen], sources=self.sources[chosen])
+
+    def table(self) -> NDArray[np.float32]:
+        """The parameters, float32 [batch, tiles, 10]."""
+        return parameter_table(
+            self.ids,
+            self.sources,
+            tile_size=self.tile_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            augment=self.augment,
+            partner=self.partner,
+        )
 
 
 def parameter_table(

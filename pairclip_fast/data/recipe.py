@@ -14,21 +14,10 @@ from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.composition import Composition
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.data.mixing import Mixture, draw_mixture
-from pairclip_fast.data.parameters import parameter_table
+from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.plan import Plan
 
 Ints = NDArray[np.int64]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Pictures to make: what a backend needs, and what they show."""
-
-    sources: Ints
-    """[batch, tiles], see `backends.executor`."""
-    table: NDArray[np.float32]
-    """[batch, tiles, 10], see `parameters.Column`."""
-    caption_ids: Ints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +47,19 @@ class Recipe:
         tile_size = (manifest.tile_height, manifest.tile_width)
         return cls(plan=plan, composition=composition, augment=augment or AugmentConfig(), tile_size=tile_size)
 
-    def rows(self, ids: Ints, *, epoch: int, partner: bool = False) -> Rows:
-        """The pictures of samples in `epoch`, or those that are blended into others as their partners."""
+    def draw(self, ids: Ints, *, epoch: int, partner: bool = False) -> tuple[Draw, Ints]:
+        """The tiles of samples in `epoch`, or of samples blended into others as their partners; and their caption ids."""
         sources, caption_ids = self.composition.of(ids, epoch=epoch)
-        table = parameter_table(
-            ids, sources, tile_size=self.tile_size, seed=self.plan.seed, epoch=epoch, augment=self.augment, partner=partner
+        draw = Draw(
+            ids=ids,
+            sources=sources,
+            tile_size=self.tile_size,
+            seed=self.plan.seed,
+            epoch=epoch,
+            augment=self.augment,
+            partner=partner,
         )
-        return Rows(sources=sources, table=table, caption_ids=caption_ids)
+        return draw, caption_ids
 
     def mixture(self, ids: Ints, *, epoch: int) -> Mixture:
         """How samples are mixed with their partners in `epoch`."""

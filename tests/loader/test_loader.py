@@ -415,7 +415,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(open_loader: Open, monkeypa
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("of the thread")
 
-    monkeypatch.setattr("pairclip_fast.data.recipe.parameter_table", fail)
+    monkeypatch.setattr("pairclip_fast.data.parameters.parameter_table", fail)
     with pytest.raises(ArithmeticError, match="of the thread"):
         list(iterator)
 

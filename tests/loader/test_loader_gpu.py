@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from pairclip_fast.data.loader import make_loader
 from pairclip_fast.events import EventLog
 
 STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
+FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 AUGMENTS = {
     "nothing": None,
     "flip and shift": AugmentConfig(flip_probability=0.5, shift_pixels=3),
-    "everything": AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2),
+    "everything": FULL,
+    "mirrored, cut, paired anew": dataclasses.replace(FULL, border="reflect", cutout_size=8, pairing="resampled", swap_probability=0.5),
+    "mixed": dataclasses.replace(FULL, mix="cutmix", mix_probability=0.5, alternating_flip=True),
 }
 TOLERANCES = {"reference": 0.02, "dali": 0.25}
 """In units of the 0..255 scale (design, section 3.4)."""
@@ -40,11 +44,17 @@ def test_gpu_stream_equals_the_cpu_reference(augment: str, encoding: str, backen
         )
         for name, device in (("reference", "cpu"), (backend, "cuda"))
     ]
+    assert [loader.backend for loader in loaders] == ["reference", {"reference": "resident"}.get(backend, backend)]
+    assert events.fallbacks == []
     for _ in range(2):
         for cpu, gpu in zip(*loaders, strict=True):
             assert gpu.images.device.type == "cuda"
             assert torch.equal(cpu.sample_ids, gpu.sample_ids.cpu())
             assert torch.equal(cpu.valid, gpu.valid.cpu())
+            assert torch.equal(cpu.caption_ids, gpu.caption_ids.cpu())
+            if cpu.mix_weight is not None:
+                assert gpu.mix_weight is not None
+                assert torch.equal(cpu.mix_weight, gpu.mix_weight.cpu())
             assert ((cpu.images - gpu.images.cpu()).abs() * STD).max() < TOLERANCES[backend]
     for loader in loaders:
         loader.close()

@@ -129,8 +129,8 @@ def expected_epoch(folder: Path, pixels: np.ndarray, *, augment: AugmentConfig, 
     tiles = pixels.reshape(-1, *pixels.shape[2:])
 
     def pictures(ids: np.ndarray, *, partner: bool) -> np.ndarray:
-        rows = plan_of.rows(ids, epoch=epoch, partner=partner)
-        return oracle(tiles[rows.sources], rows.table, border=augment.border)
+        draw, _ = plan_of.draw(ids, epoch=epoch, partner=partner)
+        return oracle(tiles[draw.sources], draw.table(), border=augment.border)
 
     own = pictures(order, partner=False)
     if augment.mix == "none":

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from pairclip_fast.data.parameters import Draw
+
 
 @runtime_checkable
 class Executor(Protocol):
@@ -41,3 +43,11 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give threads and files back. Safe to call twice."""
+
+
+@runtime_checkable
+class DrawingExecutor(Executor, Protocol):
+    """A backend that computes the parameters itself, beside the pixels; they equal the table."""
+
+    def fill_drawn(self, draw: Draw) -> Float32[Tensor, "batch 3 height width"]:
+        """As `fill` with `draw.sources` and `draw.table()`."""

@@ -1,8 +1,8 @@
 """The reference backend: webdataset reads the shards, Pillow decodes them, `data.augment` does the rest.
 
 It is the oracle of the other backends and needs nothing but torch. All pixels stay in memory as uint8 (6 kB per pair of
-32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and so does
-the augmentation.
+32x32 tiles), so the shards are read once and every later batch is a gather. On a GPU the pixels live there, and
+`resident` puts one kernel in the place of the augmentation.
 """
 
 from __future__ import annotations
@@ -34,22 +34,30 @@ class ReferenceExecutor:
         self.bytes_read, self.helper_cpu_s = 0, 0.0
         self._bad: dict[int, BadRecordError] = {}
         self._border = (augment or AugmentConfig()).border
-        self._mean, self._std = reader.manifest.mean, reader.manifest.std
-        self._tiles = self._read(reader, events).to(device)
+        self.mean, self.std = reader.manifest.mean, reader.manifest.std
+        self.tiles = self._read(reader, events).to(device)
+        """uint8 [sources, 3, height, width]: planes, so that rows of pixels are copied and not single bytes."""
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        if self._bad:
-            for sample_id in np.unique(sources // sources.shape[1]).tolist():
-                if sample_id in self._bad:
-                    raise self._bad[sample_id]
-        tiles = self._tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self._tiles.device))
+        self.check(sources)
+        tiles = self.tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self.tiles.device))
         tiles = tiles.view(*sources.shape, *tiles.shape[1:])
-        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self._mean, std=self._std)
+        return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self.mean, std=self.std)
+
+    def check(self, sources: Int64[np.ndarray, "batch tiles"]) -> None:
+        """Raise for the first sample that could not be read.
+
+        Raises:
+            BadRecordError: there is one among `sources`.
+        """
+        for sample_id in np.unique(sources // sources.shape[1]).tolist() if self._bad else ():
+            if sample_id in self._bad:
+                raise self._bad[sample_id]
 
     def close(self) -> None:
-        self._tiles = self._tiles[:0].clone()
+        self.tiles = self.tiles[:0].clone()
 
     def _read(self, reader: ShardReader, events: EventLog) -> UInt8[Tensor, "sources 3 height width"]:
         manifest = reader.manifest
