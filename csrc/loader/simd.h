@@ -1,7 +1,7 @@
 // A row of pixels in registers, as wide as the instruction set that the including file is compiled for.
 //
 // Arithmetic, comparison and selection come from the compiler's vector extension (g++ and clang); here is only what that
-// cannot say: gathers, the unpacking of RGB bytes, and minimum and maximum. Little-endian, as all of the package's files.
+// cannot say: table look-ups, the unpacking of RGB bytes, and minimum and maximum. Little-endian, as all of the package's files.
 #pragma once
 
 #include <bit>
@@ -120,50 +120,42 @@ PAIRCLIP_INLINE Words expand_rgb(const std::uint8_t* pixels) {
 #endif
 }
 
+// There is no gather instruction below: on processors from Skylake to Ice Lake the microcode that stops "gather data
+// sampling" (CVE-2022-40982) makes them several times slower than single loads put together, and elsewhere they gain little.
+
 // table[index] of every lane.
-PAIRCLIP_INLINE Words gather(const std::uint32_t* table, Ints index) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Words>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), table, 4));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Words>(
-      _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), reinterpret_cast<__m256i>(index), 4));
-#else
-  Words words{};
-  for (int i = 0; i < kLanes; ++i) words[i] = table[index[i]];
-  return words;
-#endif
+PAIRCLIP_INLINE Words load_each(const std::uint32_t* table, Ints index) {
+  std::int32_t at[kLanes];
+  store(at, index);
+  std::uint32_t found[kLanes];
+  for (int i = 0; i < kLanes; ++i) found[i] = table[at[i]];
+  return load<Words>(found);
 }
 
-// The order in which `gather_pairs` wants its indices, found once for several tables.
-PAIRCLIP_INLINE Ints pair_order(Ints index) {
-#if defined(__AVX512F__)
-  const __m512i halves = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
-  return reinterpret_cast<Ints>(_mm512_permutexvar_epi64(halves, reinterpret_cast<__m512i>(index)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Ints>(_mm256_permute4x64_epi64(reinterpret_cast<__m256i>(index), 0xD8));
-#else
-  return index;
-#endif
+#if defined(__SSE2__)
+// table[at] and table[at + 1] of four lanes: four left ones, four right ones.
+PAIRCLIP_INLINE void load_four_pairs(const std::uint32_t* table, const std::int32_t* at, __m128i* left, __m128i* right) {
+  const auto pair = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + at[i])); };
+  const __m128i low = _mm_unpacklo_epi32(pair(0), pair(1)), high = _mm_unpacklo_epi32(pair(2), pair(3));
+  *left = _mm_unpacklo_epi64(low, high);
+  *right = _mm_unpackhi_epi64(low, high);
 }
+#endif
 
-// table[index] and table[index + 1] of every lane: one 64-bit gather element for both, half the loads.
-PAIRCLIP_INLINE void gather_pairs(const std::uint32_t* table, Ints ordered, Words* left, Words* right) {
-#if defined(__AVX512F__)
-  const __m512i index = reinterpret_cast<__m512i>(ordered);
-  const __m512i a = _mm512_i32gather_epi64(_mm512_castsi512_si256(index), table, 4);
-  const __m512i b = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(index, 1), table, 4);
-  *left = reinterpret_cast<Words>(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0x88));
-  *right = reinterpret_cast<Words>(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xDD));
-#elif defined(__AVX2__)
-  const __m256i index = reinterpret_cast<__m256i>(ordered);
-  const auto* pairs = reinterpret_cast<const long long*>(table);
-  const __m256i a = _mm256_i32gather_epi64(pairs, _mm256_castsi256_si128(index), 4);
-  const __m256i b = _mm256_i32gather_epi64(pairs, _mm256_extracti128_si256(index, 1), 4);
-  *left = reinterpret_cast<Words>(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
-  *right = reinterpret_cast<Words>(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xDD));
+// table[index] and table[index + 1] of every lane.
+PAIRCLIP_INLINE void load_pairs(const std::uint32_t* table, Ints index, Words* left, Words* right) {
+  std::int32_t at[kLanes];
+  store(at, index);
+#if defined(__SSE2__)
+  __m128i lefts[kLanes / 4], rights[kLanes / 4];
+  for (int k = 0; k < kLanes / 4; ++k) load_four_pairs(table, at + 4 * k, lefts + k, rights + k);
+  std::memcpy(left, lefts, sizeof *left);
+  std::memcpy(right, rights, sizeof *right);
 #else
-  *left = gather(table, ordered);
-  *right = gather(table + 1, ordered);
+  std::uint32_t lefts[kLanes], rights[kLanes];
+  for (int i = 0; i < kLanes; ++i) lefts[i] = table[at[i]], rights[i] = table[at[i] + 1];
+  *left = load<Words>(lefts);
+  *right = load<Words>(rights);
 #endif
 }
 

@@ -38,7 +38,9 @@ int whole(float value, int limit) {
 std::size_t scratch_words(int height, int width) {
   const std::size_t padded = static_cast<std::size_t>(height + 2 * kPad) * (width + 2 * kPad) + kMaxLanes;
   const std::size_t row = 5 * static_cast<std::size_t>(width) + 2 * kMaxLanes;
-  return std::max(padded, row);
+  const std::size_t rows =
+      (static_cast<std::size_t>(height) + 2) * kRowWords + 3 * static_cast<std::size_t>(height) + 3 * kMaxLanes;
+  return std::max({padded, row, rows});
 }
 
 TileJob resolve(const TileSettings& settings, const TileSource& source, const TileTarget& target, const float* row) {

@@ -1,118 +1,15 @@
 // The inner loops, compiled once per instruction set. No containers and no library templates here: an inline function of
 // theirs, compiled for AVX-512, could be the copy that the linker keeps for the whole program.
-#include "loader/simd.h"
-#include "loader/simd_width.h"
-#include "loader/tile.h"
+#include "loader/pixels.h"
+#if defined(__AVX512F__)
+#include "loader/rotate_rows.h"
+#endif
 
 namespace pairclip::PAIRCLIP_VARIANT {
 namespace {
 
 using loader::Border;
 using loader::kPad;
-using loader::TileJob;
-
-constexpr float kLumaRed = 0.299f, kLumaGreen = 0.587f, kLumaBlue = 0.114f;  // ITU-R BT.601
-
-static_assert(kLanes <= loader::kMaxLanes);
-
-struct Pixels {
-  Floats red, green, blue;
-};
-
-PAIRCLIP_INLINE Pixels unpacked(Words words) {
-  return {to_floats(words & 0xFFu), to_floats((words >> 8) & 0xFFu), to_floats(words >> 16)};
-}
-
-// One row of the tile's output; knows its colours and its format.
-template <bool kBf16, bool kRecoloured>
-class Writer {
- public:
-  PAIRCLIP_INLINE Writer make(const TileJob& job) {
-    Writer writer;
-    writer.pixels_ = static_cast<std::uint8_t*>(job.target.pixels);
-    writer.row_ = job.target.row * kElement;
-    writer.plane_ = job.target.plane * kElement;
-    for (int c = 0; c < 3; ++c) {
-      // high - low is the whole range of 255: without colour operations the gain is 1 / std and the offset -mean / std.
-      writer.gain_[c] = kRecoloured ? job.gain[c] : (job.high[c] - job.low[c]) * (1.0f / 255.0f);
-      writer.offset_[c] = kRecoloured ? job.offset[c] : job.low[c];
-      writer.grey_[c] = job.grey[c];
-      writer.low_[c] = job.low[c];
-      writer.high_[c] = job.high[c];
-    }
-    return writer;
-  }
-
-  // The pixels x .. x + count - 1 of row y; count is at most kLanes.
-  __attribute__((always_inline)) inline void write(const Pixels& pixels, int y, int x, int count) const {
-    std::uint8_t* const to = pixels_ + y * row_ + static_cast<std::ptrdiff_t>(x) * kElement;
-    Floats luma{};
-    if constexpr (kRecoloured) luma = pixels.red * kLumaRed + (pixels.green * kLumaGreen + pixels.blue * kLumaBlue);
-    put(channel(pixels.red, luma, 0), to, count);
-    put(channel(pixels.green, luma, 1), to + plane_, count);
-    put(channel(pixels.blue, luma, 2), to + 2 * plane_, count);
-  }
-
- private:
-  static constexpr std::ptrdiff_t kElement = kBf16 ? 2 : 4;
-
-  __attribute__((always_inline)) inline Floats channel(Floats value, Floats luma, int c) const {
-    if constexpr (!kRecoloured) return value * gain_[c] + offset_[c];
-    return smaller(larger(value * gain_[c] + (luma * grey_[c] + offset_[c]), spread(low_[c])), spread(high_[c]));
-  }
-
-  PAIRCLIP_INLINE void put(Floats value, std::uint8_t* to, int count) {
-    if constexpr (kBf16)
-      put_whole(to_bfloat16(value), to, count);
-    else
-      put_whole(value, to, count);
-  }
-
-  template <class Vector>
-  PAIRCLIP_INLINE void put_whole(Vector value, std::uint8_t* to, int count) {
-    if (count == kLanes)
-      store(to, value);
-    else
-      std::memcpy(to, &value, static_cast<std::size_t>(count) * kElement);
-  }
-
-  std::uint8_t* pixels_;
-  std::ptrdiff_t row_, plane_;
-  float gain_[3], grey_[3], offset_[3], low_[3], high_[3];
-};
-
-// One row of RGB bytes as words.
-PAIRCLIP_INLINE void expand_row(const std::uint8_t* from, std::uint32_t* to, int width) {
-  int x = 0;
-  for (; x + kLanes <= width; x += kLanes) store(to + x, expand_rgb(from + 3 * x));
-  if (x == width) return;
-  std::uint8_t rest[3 * kLanes] = {};
-  std::memcpy(rest, from + 3 * x, static_cast<std::size_t>(3 * (width - x)));
-  const Words words = expand_rgb(rest);
-  std::memcpy(to + x, &words, static_cast<std::size_t>(4 * (width - x)));
-}
-
-// Mirrored about the centre of the edge pixel, once, then clamped: -1 -> 1, side -> side - 2.
-PAIRCLIP_INLINE int mirrored(int at, int side) {
-  const int once = at < 0 ? -at : at < side ? at : 2 * (side - 1) - at;
-  return once < 0 ? 0 : once < side ? once : side - 1;
-}
-
-PAIRCLIP_INLINE Ints mirrored(Ints at, int side) {
-  const Ints once = smaller(at < 0 ? -at : at, 2 * (side - 1) - at);
-  return larger(smaller(once, spread(side - 1)), Ints{});
-}
-
-// Bilinear weights of two rows of two taps each.
-PAIRCLIP_INLINE Pixels blended(Words top_left, Words top_right, Words low_left, Words low_right, Floats across, Floats down) {
-  const Pixels a = unpacked(top_left), b = unpacked(top_right), c = unpacked(low_left), d = unpacked(low_right);
-  const Pixels top = {a.red + across * (b.red - a.red), a.green + across * (b.green - a.green),
-                      a.blue + across * (b.blue - a.blue)};
-  const Pixels low = {c.red + across * (d.red - c.red), c.green + across * (d.green - c.green),
-                      c.blue + across * (d.blue - c.blue)};
-  return {top.red + down * (low.red - top.red), top.green + down * (low.green - top.green),
-          top.blue + down * (low.blue - top.blue)};
-}
 
 // kSide: the side of a square tile, where the compiler should know it; 0: ask the job.
 template <bool kBf16, bool kRecoloured, int kSide>
@@ -141,11 +38,12 @@ void rotate_zero(const TileJob& job, std::uint32_t* table) {
       const Floats at_x = smaller(larger(from_x - job.sine * dy, Floats{}), most_x);
       const Floats at_y = smaller(larger(from_y + job.cosine * dy, Floats{}), most_y);
       const Ints column = truncated(at_x), row = truncated(at_y);
-      const Ints index = pair_order(row * pitch + column);
-      Words top_left, top_right, low_left, low_right;
-      gather_pairs(table, index, &top_left, &top_right);
-      gather_pairs(table + pitch, index, &low_left, &low_right);
-      const Pixels pixels = blended(top_left, top_right, low_left, low_right, at_x - to_floats(column), at_y - to_floats(row));
+      const Ints index = row * pitch + column;
+      Taps taps;
+      load_pairs(table, index, &taps.top_left, &taps.top_right);
+      load_pairs(table + pitch, index, &taps.low_left, &taps.low_right);
+      const Floats across = at_x - to_floats(column);
+      const Pixels pixels = blended(taps, 1.0f - across, across, at_y - to_floats(row));
       writer.write(pixels, y, x, kSide % kLanes == 0 && kSide ? kLanes : count);
     }
   }
@@ -172,8 +70,10 @@ void rotate_reflect(const TileJob& job, std::uint32_t* table) {
       row += at_y < to_floats(row);
       const Ints left = mirrored(column, width), right = mirrored(column + 1, width);
       const Ints top = mirrored(row, height) * width, low = mirrored(row + 1, height) * width;
-      const Pixels pixels = blended(gather(table, top + left), gather(table, top + right), gather(table, low + left),
-                                    gather(table, low + right), at_x - to_floats(column), at_y - to_floats(row));
+      const Taps taps = {load_each(table, top + left), load_each(table, top + right), load_each(table, low + left),
+                         load_each(table, low + right)};
+      const Floats across = at_x - to_floats(column);
+      const Pixels pixels = blended(taps, 1.0f - across, across, at_y - to_floats(row));
       writer.write(pixels, y, x, width - x < kLanes ? width - x : kLanes);
     }
   }
@@ -208,9 +108,11 @@ void shift(const TileJob& job, std::uint32_t* scratch) {
 template <bool kBf16, bool kRecoloured>
 void augment(const TileJob& job, std::uint32_t* scratch) {
   constexpr int kCommonSide = 32;
-  if (!job.rotated)
-    shift<kBf16, kRecoloured>(job, scratch);
-  else if (job.border == Border::reflect)
+  if (!job.rotated) return shift<kBf16, kRecoloured>(job, scratch);
+#if defined(__AVX512F__)
+  if (job.width <= loader::kRowWords) return rotate_rows<kBf16, kRecoloured>(job, scratch);
+#endif
+  if (job.border == Border::reflect)
     rotate_reflect<kBf16, kRecoloured>(job, scratch);
   else if (job.height == kCommonSide && job.width == kCommonSide)
     rotate_zero<kBf16, kRecoloured, kCommonSide>(job, scratch);

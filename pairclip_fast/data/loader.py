@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,8 +48,8 @@ MAX_THREADS = 8
 class Batch:
     """Samples of one step, on the loader's device."""
 
-    images: Float32[Tensor, "batch 3 height width"]
-    """Normalised; the tiles of a sample side by side."""
+    images: Float[Tensor, "batch 3 height width"]
+    """Normalised, float32 unless the backend was asked for bfloat16; the tiles of a sample side by side."""
     caption_ids: Int64[Tensor, " batch"]
     sample_ids: Int64[Tensor, " batch"]
     valid: Bool[Tensor, " batch"]
@@ -117,6 +117,7 @@ class PlannedLoader:
         self.stats = LoaderStats()
         self.backend = executor.name
         self._executor, self._reader, self._plan, self._augment, self._device = executor, reader, plan, augment, device
+        self._fill_drawn = executor.fill_drawn if isinstance(executor, DrawingExecutor) else None  # asked once: it takes 50 us
         self._bad_records = bad_records
         self._recipe = Recipe.of(reader.manifest, bad_records.caption_ids, plan=plan, augment=augment)
         self._epoch, self._cursor = 0, 0
@@ -223,8 +224,7 @@ class PlannedLoader:
     def _try_batch(self, epoch: int, cursor: int) -> Batch:
         ids, valid = self._plan.ids_at(epoch, cursor=cursor)
         draw, caption_ids = self._recipe.draw(ids, epoch=epoch)
-        sources, skipped = self._bad_records.replaced(draw.sources)
-        images = self._fill(draw.showing(sources))
+        images, skipped = self._fill(draw)
         columns: dict[str, NDArray[Any]] = {"caption_ids": caption_ids, "sample_ids": ids}
         if self._recipe.augment.mix != "none":
             columns |= self._mix(images, ids, skipped, epoch=epoch, cursor=cursor)
@@ -234,9 +234,12 @@ class PlannedLoader:
         tensors = {name: self._to_device(column) for name, column in columns.items()}
         return Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
 
-    def _fill(self, draw: Draw) -> Tensor:
-        executor = self._executor
-        return executor.fill_drawn(draw) if isinstance(executor, DrawingExecutor) else executor.fill(draw.sources, draw.table())
+    def _fill(self, draw: Draw) -> tuple[Tensor, NDArray[np.bool_]]:
+        """The pictures, and which of them are to be left out."""
+        sources, skipped = self._bad_records.replaced(draw.sources)
+        if sources is not draw.sources:
+            draw = dataclasses.replace(draw, sources=sources)
+        return self._fill_drawn(draw) if self._fill_drawn else self._executor.fill(sources, draw.table()), skipped
 
     def _mix(self, images: Tensor, ids: Ints, skipped: NDArray[np.bool_], *, epoch: int, cursor: int) -> dict[str, NDArray[Any]]:
         """Blend the samples' partners into `images`; their captions and the weights. Only rows that are mixed are filled.
@@ -248,10 +251,8 @@ class PlannedLoader:
         partners, caption_ids = recipe.draw(self._plan.partners_at(epoch, cursor=cursor), epoch=epoch, partner=True)
         mixed = np.flatnonzero(mixture.weight < 1.0)
         if len(mixed):
-            chosen_partners = partners.rows(mixed)
-            sources, partner_skipped = self._bad_records.replaced(chosen_partners.sources)
+            others, partner_skipped = self._fill(partners.rows(mixed))
             skipped[mixed] |= partner_skipped
-            others = self._fill(chosen_partners.showing(sources))
             chosen = torch.from_numpy(mixed).to(images.device)
             part = images if len(mixed) == len(images) else images[chosen]
             part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])

@@ -83,10 +83,6 @@ class Draw:
         """Some of the samples."""
         return dataclasses.replace(self, ids=self.ids[chosen], sources=self.sources[chosen])
 
-    def showing(self, sources: NDArray[np.int64]) -> Draw:
-        """The same samples, of other tiles."""
-        return self if sources is self.sources else dataclasses.replace(self, sources=sources)
-
     def table(self) -> NDArray[np.float32]:
         """The parameters, float32 [batch, tiles, 10]."""
         return parameter_table(

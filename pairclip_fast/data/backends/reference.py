@@ -41,17 +41,20 @@ class ReferenceExecutor:
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        self.refuse_bad(sources)
+        self.check(sources)
         tiles = self.tiles.index_select(0, torch.from_numpy(sources.ravel()).to(self.tiles.device))
         tiles = tiles.view(*sources.shape, *tiles.shape[1:])
         return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=self.mean, std=self.std)
 
-    def refuse_bad(self, sources: Int64[np.ndarray, "batch tiles"]) -> None:
-        """Raise what was wrong with the first of the samples that could not be read."""
-        if self._bad:
-            for sample_id in np.unique(sources // sources.shape[1]).tolist():
-                if sample_id in self._bad:
-                    raise self._bad[sample_id]
+    def check(self, sources: Int64[np.ndarray, "batch tiles"]) -> None:
+        """Raise for the first sample that could not be read.
+
+        Raises:
+            BadRecordError: there is one among `sources`.
+        """
+        for sample_id in np.unique(sources // sources.shape[1]).tolist() if self._bad else ():
+            if sample_id in self._bad:
+                raise self._bad[sample_id]
 
     def close(self) -> None:
         self.tiles = self.tiles[:0].clone()

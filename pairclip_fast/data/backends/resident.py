@@ -45,7 +45,7 @@ class ResidentExecutor:
     def fill_drawn(self, draw: Draw) -> Float32[Tensor, "batch 3 height width"]:
         from pairclip_fast.data.backends.triton_tiles import augment_resident
 
-        self._reference.refuse_bad(draw.sources)
+        self._reference.check(draw.sources)
         tiles, mean, std = self._reference.tiles, self._reference.mean, self._reference.std
         sources, ids = (_uploaded(numbers, tiles.device) for numbers in (draw.sources, draw.ids))
         settings = {"epoch": draw.epoch, "seed": draw.seed, "partner": draw.partner, "augment": draw.augment or AugmentConfig()}

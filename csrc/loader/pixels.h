@@ -1,0 +1,124 @@
+// Pixels on their way through the registers: unpacked, blended, recoloured, written. Shared by the kernels of a variant.
+#pragma once
+
+#include "loader/simd.h"
+#include "loader/simd_width.h"
+#include "loader/tile.h"
+
+namespace pairclip::PAIRCLIP_VARIANT {
+
+using loader::TileJob;
+
+constexpr float kLumaRed = 0.299f, kLumaGreen = 0.587f, kLumaBlue = 0.114f;  // ITU-R BT.601
+
+static_assert(kLanes <= loader::kMaxLanes);
+
+// Green is 256 times and blue 65536 times what it should be: a byte is masked out where it lies, not shifted down, and the
+// writer's factors make up for it. Powers of two, so nothing is lost.
+struct Pixels {
+  Floats red, green, blue;
+};
+
+constexpr float kGreenScale = 0x1p-8f, kBlueScale = 0x1p-16f;
+
+PAIRCLIP_INLINE Pixels unpacked(Words words) {
+  return {to_floats(words & 0xFFu), to_floats(words & 0xFF00u), to_floats(words & 0xFF0000u)};
+}
+
+// One row of the tile's output; knows its colours and its format.
+template <bool kBf16, bool kRecoloured>
+class Writer {
+ public:
+  PAIRCLIP_INLINE Writer make(const TileJob& job) {
+    Writer writer;
+    writer.pixels_ = static_cast<std::uint8_t*>(job.target.pixels);
+    writer.row_ = job.target.row * kElement;
+    writer.plane_ = job.target.plane * kElement;
+    for (int c = 0; c < 3; ++c) {
+      // high - low is the whole range of 255: without colour operations the gain is 1 / std and the offset -mean / std.
+      const float scale = c == 0 ? 1.0f : c == 1 ? kGreenScale : kBlueScale;
+      writer.gain_[c] = scale * (kRecoloured ? job.gain[c] : (job.high[c] - job.low[c]) * (1.0f / 255.0f));
+      writer.offset_[c] = kRecoloured ? job.offset[c] : job.low[c];
+      writer.grey_[c] = job.grey[c];
+      writer.low_[c] = job.low[c];
+      writer.high_[c] = job.high[c];
+    }
+    return writer;
+  }
+
+  // The pixels x .. x + count - 1 of row y; count is at most kLanes.
+  __attribute__((always_inline)) inline void write(const Pixels& pixels, int y, int x, int count) const {
+    std::uint8_t* const to = pixels_ + y * row_ + static_cast<std::ptrdiff_t>(x) * kElement;
+    Floats luma{};
+    if constexpr (kRecoloured)
+      luma = pixels.red * kLumaRed + (pixels.green * (kLumaGreen * kGreenScale) + pixels.blue * (kLumaBlue * kBlueScale));
+    put(channel(pixels.red, luma, 0), to, count);
+    put(channel(pixels.green, luma, 1), to + plane_, count);
+    put(channel(pixels.blue, luma, 2), to + 2 * plane_, count);
+  }
+
+ private:
+  static constexpr std::ptrdiff_t kElement = kBf16 ? 2 : 4;
+
+  __attribute__((always_inline)) inline Floats channel(Floats value, Floats luma, int c) const {
+    if constexpr (!kRecoloured) return value * gain_[c] + offset_[c];
+    return smaller(larger(value * gain_[c] + (luma * grey_[c] + offset_[c]), spread(low_[c])), spread(high_[c]));
+  }
+
+  PAIRCLIP_INLINE void put(Floats value, std::uint8_t* to, int count) {
+    if constexpr (kBf16)
+      put_whole(to_bfloat16(value), to, count);
+    else
+      put_whole(value, to, count);
+  }
+
+  template <class Vector>
+  PAIRCLIP_INLINE void put_whole(Vector value, std::uint8_t* to, int count) {
+    if (count == kLanes)
+      store(to, value);
+    else
+      std::memcpy(to, &value, static_cast<std::size_t>(count) * kElement);
+  }
+
+  std::uint8_t* pixels_;
+  std::ptrdiff_t row_, plane_;
+  float gain_[3], grey_[3], offset_[3], low_[3], high_[3];
+};
+
+// One row of RGB bytes as words.
+PAIRCLIP_INLINE void expand_row(const std::uint8_t* from, std::uint32_t* to, int width) {
+  int x = 0;
+  for (; x + kLanes <= width; x += kLanes) store(to + x, expand_rgb(from + 3 * x));
+  if (x == width) return;
+  std::uint8_t rest[3 * kLanes] = {};
+  std::memcpy(rest, from + 3 * x, static_cast<std::size_t>(3 * (width - x)));
+  const Words words = expand_rgb(rest);
+  std::memcpy(to + x, &words, static_cast<std::size_t>(4 * (width - x)));
+}
+
+// Mirrored about the centre of the edge pixel, once, then clamped: -1 -> 1, side -> side - 2.
+PAIRCLIP_INLINE int mirrored(int at, int side) {
+  const int once = at < 0 ? -at : at < side ? at : 2 * (side - 1) - at;
+  return once < 0 ? 0 : once < side ? once : side - 1;
+}
+
+PAIRCLIP_INLINE Ints mirrored(Ints at, int side) {
+  const Ints once = smaller(at < 0 ? -at : at, 2 * (side - 1) - at);
+  return larger(smaller(once, spread(side - 1)), Ints{});
+}
+
+// The four taps around a position, one per lane, and their weights: `left` + `right` is 1 but where a tap counts nothing.
+struct Taps {
+  Words top_left, top_right, low_left, low_right;
+};
+
+PAIRCLIP_INLINE Pixels blended(const Taps& taps, Floats left, Floats right, Floats down) {
+  const Pixels a = unpacked(taps.top_left), b = unpacked(taps.top_right), c = unpacked(taps.low_left),
+               d = unpacked(taps.low_right);
+  const Pixels top = {left * a.red + right * b.red, left * a.green + right * b.green, left * a.blue + right * b.blue};
+  const Pixels low = {left * c.red + right * d.red, left * c.green + right * d.green, left * c.blue + right * d.blue};
+  return {top.red + down * (low.red - top.red), top.green + down * (low.green - top.green),
+          top.blue + down * (low.blue - top.blue)};
+}
+
+}  // namespace pairclip::PAIRCLIP_VARIANT
