@@ -99,7 +99,7 @@ class Bench:
             repeats, steps = stretches.warm_up(budget_s=None if budget_s is None else budget_s - (time.monotonic() - started))
             measured = [stretches.run(steps) for _ in range(repeats)]
             backend = loader.backend
-        cost = model_cost(trainee.module.encoder, image_shape=parts.image_shape, num_captions=parts.bank.num_captions)
+        cost = model_cost(trainee.module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions)
         rate = timing.spread(steps * config.train.batch_size / m.wall_s for m, _ in measured)
         tflops = rate.median * cost.training_flops / 1e12
         wall = sum(m.wall_s for m, _ in measured)

@@ -92,7 +92,7 @@ class Probe:
 def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, steps_done: int = 0) -> TrainingPlan:
     """The plan of a run or of what is left of it."""
     config, module = parts.config, trainee.module
-    flops = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.bank.num_captions))
+    flops = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     found = probe(parts, trainee, limit=parts.micro_batch)
     num_val = parts.manifest.splits["val"].count if "val" in parts.manifest.splits else 0
     parameters = sum(parameter.numel() for parameter in module.parameters())

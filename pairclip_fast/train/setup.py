@@ -58,6 +58,11 @@ class Parts:
         return local_batch(self.config.train.batch_size, processes=self.processes, accumulate=self.config.optimizer.accumulate)
 
     @property
+    def loss_captions(self) -> int:
+        """Captions in the softmax that each pair pays for: all; 0 for InfoNCE, whose products within a batch are below a thousandth."""
+        return self.bank.num_captions if self.config.loss.kind == "bank" else 0
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a stacked picture."""
         return (3, self.manifest.tile_height, self.manifest.tiles * self.manifest.tile_width)

@@ -52,6 +52,7 @@ def test_a_wrong_kernel_is_named_and_ends_the_program(monkeypatch: pytest.Monkey
     def wrong(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
         return PAIRS(emb, bank, indices) + 0.01
 
+    monkeypatch.setenv("PAIRCLIP_BACKEND", "torch")
     monkeypatch.setattr(portable, "pair_scores", wrong)
     verified = verify_kernels(CPU, events=QUIET)
     assert [row["ok"] for row in verified["rows"][:4]] == [True, True, False, True]
