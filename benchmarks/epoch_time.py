@@ -22,24 +22,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timing
+from epoch_records import BENCHMARK, FORMAT, EpochRow, merge
+from epoch_tables import EPOCH_PAIRS, Table, claims_table, estimates_table, measured_table, memory_table
 
 from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
+from pairclip_fast.storage import write_atomic
 from pairclip_fast.telemetry.machine import usable_cores
 
-EPOCH_PAIRS = 50_000
-"""Pairs of an epoch: one per CIFAR-100 training image, as in the report."""
 BENCH_PAIRS = 8_192
 """Pairs of the generated folder: 32 steps of the largest preset batch, 50 MB."""
 REPORT_BATCH = 32
 """Batch size of the report's recommended machines."""
-REPORT_CLAIMS = (("RTX 3080", 32, 3), ("RTX 2080", 32, 5), ("GTX 1060", 16, 8), ("CPU", 8, 45))
-"""Device, batch size and minutes per epoch of `enhanced`, from the report's section 3.2. Nobody has checked them."""
 TOTAL_SECONDS = 110.0
 """Aim for all rows together, the preparation included."""
 PREPARATION_SECONDS = 25.0
@@ -47,11 +45,8 @@ EXIT_INTERRUPTED = 130
 BUSY_SHARE = 0.5
 """Load per core from which the machine counts as busy before the benchmark has begun."""
 LEAST_ROW_SECONDS, MOST_ROW_SECONDS = 5.0, 20.0
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 DEFAULT_PRESETS = ("baseline", "enhanced", "vit", "fast")
-COLUMNS = ("device", "preset", "batch", "format", "minutes per epoch", "pairs/s", "TFLOP/s", "of peak", "data wait", "peak GiB")
-
-
-Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +73,15 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this device (default: all there are)")
     parser.add_argument("--full", action="store_true", help="measure a whole epoch per row instead of extrapolating from steps")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows, with the environment, to this file")
-    return parser.parse_args(words)
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the tables as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the rates, as svg, png or pdf")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="RECORD", help="measure nothing; show the records of many machines")
+    asked = parser.parse_args(words)
+    if asked.merge and (asked.json or asked.full or asked.preset or asked.batch_size or asked.device):
+        parser.error("--merge measures nothing: of the other options only --markdown and --plot go with it")
+    if asked.plot and asked.plot.suffix not in PLOT_SUFFIXES:
+        parser.error(f"--plot: expected a file that ends in {', '.join(PLOT_SUFFIXES)}, got {asked.plot.name}")
+    return asked
 
 
 def plan_rows(asked: argparse.Namespace, *, cuda: bool) -> list[Row]:
@@ -114,7 +117,7 @@ def say_plan(rows: list[Row], *, full: bool, cuda: bool, events: EventLog) -> No
         events.say(f"the machine is busy (load {load:.1f} on {usable_cores()} cores): the figures will be worse than what it can do")
 
 
-def measure(rows: list[Row], *, full: bool, done: list[Record], events: EventLog) -> None:
+def measure(rows: list[Row], *, full: bool, done: list[EpochRow], events: EventLog) -> None:
     """Measure the rows one after the other, adding each to `done` as it is finished; a slow start shortens the rows."""
     from training_rows import Bench
 
@@ -128,57 +131,40 @@ def measure(rows: list[Row], *, full: bool, done: list[Record], events: EventLog
             done.append(bench.measure(row.config(), budget_s=budget_s))
 
 
-def table(rows: list[Record], *, cuda: bool) -> list[str]:
-    """The measured rows, the devices nobody measured, and the report's claims, as aligned text."""
-    cells: list[Sequence[str]] = [COLUMNS]
-    for row in rows:
-        low, middle, high = (row[key] / 60 for key in ("epoch_s_low", "epoch_s", "epoch_s_high"))
-        memory = f"{row['peak_rss_gib']:.2f}" + ("" if row["cuda_peak_gib"] is None else f" + {row['cuda_peak_gib']:.2f} GPU")
-        cells.append(
-            (
-                row["device"],
-                row["preset"],
-                str(row["batch_size"]),
-                row["precision"],
-                f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                f"{row['pairs_per_second']:,.0f}",
-                f"{row['tflops']:.3g}",
-                f"{row['tflops'] / peak(row, rows):.0%}",
-                f"{row['data_wait_fraction']:.1%}",
-                memory,
-            )
-        )
-    if not cuda:
-        cells.append(("cuda", "all", "", "", "not measured"))
-    for device, batch_size, minutes in REPORT_CLAIMS:
-        cells.append((device, "enhanced", str(batch_size), "", f"~{minutes} (claim)"))
-    widths = [max(len(line[i]) for line in cells if i < len(line)) for i in range(len(COLUMNS))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in cells]
+def tables(rows: Sequence[EpochRow], *, presets: Sequence[str], missing_gpu: bool) -> list[Table]:
+    """All that is printed."""
+    return [measured_table(rows, missing_gpu=missing_gpu), memory_table(rows), claims_table(), estimates_table(presets)]
 
 
-def peak(row: Record, rows: list[Record]) -> float:
-    """The best TFLOP/s of a large matrix product seen with this row's device and format; one look alone may meet a busy moment."""
-    kind = (row["device"], row["precision"])
-    return max(float(other["peak_tflops"]) for other in rows if (other["device"], other["precision"]) == kind)
+def publish(rows: list[EpochRow], asked: argparse.Namespace, *, missing_gpu: bool) -> None:
+    """Print the tables, and write the files that were asked for.
 
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    presets = [name for name in DEFAULT_PRESETS if any(row.preset == name for row in rows)] or list(DEFAULT_PRESETS)
+    found = tables(rows, presets=presets, missing_gpu=missing_gpu)
+    print("\n\n".join(["", *(table.text() for table in found)]))
+    if asked.json:
+        records = [dataclasses.asdict(row) for row in rows]
+        settings = {"full": asked.full, "epoch_pairs": EPOCH_PAIRS}
+        timing.write_record(asked.json, name=BENCHMARK, rows=records, settings=settings, record_format=FORMAT)
+    if asked.markdown:
+        write_atomic(asked.markdown, ("\n\n".join(table.markdown() for table in found) + "\n").encode())
+    if asked.plot:
+        from epoch_plot import plot
 
-def footnotes(rows: list[Record]) -> list[str]:
-    """What the figures are and what they are not."""
-    whole = rows and not any(row["extrapolated"] for row in rows)
-    how = "of whole epochs" if whole else "extrapolated from steady-state steps (--full measures whole epochs)"
-    return [
-        f"minutes per epoch of {EPOCH_PAIRS:,} pairs: median [quartiles], training only, {how}",
-        "format: what --amp chose; of peak: of a large matrix product in that format, measured here; peak GiB: of the whole process",
-        "claim: from the report this project grew from; nobody has checked it, and its epoch runs the text encoder too",
-    ]
+        plot(rows, asked.plot)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Plan, measure, print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words), EventLog()
     keep_freed_memory()  # as the command line does
-    done: list[Record] = []
-    code = 0
+    if asked.merge:
+        return show_merged(asked)
+    done: list[EpochRow] = []
+    code, cuda = 0, False
     try:
         cuda = has_cuda()
         rows = plan_rows(asked, cuda=cuda)
@@ -191,10 +177,18 @@ def main(words: Sequence[str] | None = None) -> int:
         events.say("interrupted; what was finished:")
         code = EXIT_INTERRUPTED
     if done:
-        print("\n".join(["", *table(done, cuda=cuda), "", *footnotes(done)]))
-        if asked.json:
-            timing.write_record(asked.json, name="epoch_time", rows=done, settings={"full": asked.full, "epoch_pairs": EPOCH_PAIRS})
+        publish(done, asked, missing_gpu=not cuda)
     return code
+
+
+def show_merged(asked: argparse.Namespace) -> int:
+    """One table of the records of many machines; a record that cannot be believed is named and left out."""
+    rows, refused = merge(asked.merge)
+    for error in refused:
+        sys.stderr.write(f"epoch_time.py: {printable(error)}\n")
+    if rows:
+        publish(rows, asked, missing_gpu=all(row.device == "cpu" for row in rows))
+    return refused[0].exit_code if refused else 0
 
 
 def has_cuda() -> bool:

@@ -20,9 +20,10 @@ from typing import Any
 
 from pairclip_fast.storage import write_json
 from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions, usable_cores
+from pairclip_fast.telemetry.memory import GIB, host_reading
 
 RECORD_FORMAT = 1
-"""Version of the JSON layout that `write_record` writes."""
+"""Version of the JSON layout that `write_record` writes; a benchmark whose rows have a layout of their own counts its own."""
 PACKAGES = ("pairclip-fast", "torch", "torchvision", "numpy", "nvidia-dali-cuda130", "webdataset", "triton")
 """Packages whose versions decide how fast things are."""
 
@@ -96,21 +97,10 @@ def interleave(
     return rows
 
 
-def reset_peak_rss() -> bool:
-    """Let the kernel count this process's peak resident memory anew; False where that is not allowed."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 def peak_rss_gib() -> float:
-    """Peak resident memory of this process since the start, or since `reset_peak_rss` where that worked."""
-    for line in _lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process since the start, or since `reset_host_peak` where that worked."""
+    peak = host_reading().peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if peak is None else peak / GIB
 
 
 def environment() -> dict[str, Any]:
@@ -134,7 +124,9 @@ def environment() -> dict[str, Any]:
     return record
 
 
-def write_record(path: Path, *, name: str, rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+def write_record(
+    path: Path, *, name: str, rows: list[dict[str, Any]], settings: Mapping[str, Any], record_format: int = RECORD_FORMAT
+) -> None:
     """Write a benchmark's rows with the environment, as JSON that later tools can merge (the rows say all they need).
 
     Args:
@@ -142,17 +134,10 @@ def write_record(path: Path, *, name: str, rows: list[dict[str, Any]], settings:
         name: The benchmark.
         rows: One flat dictionary per measured configuration.
         settings: What the benchmark was asked to do.
+        record_format: Version of the layout.
 
     Raises:
         StorageError: the record cannot be written.
     """
-    record = {"format": RECORD_FORMAT, "benchmark": name, "settings": dict(settings), "environment": environment(), "rows": rows}
+    record = {"format": record_format, "benchmark": name, "settings": dict(settings), "environment": environment(), "rows": rows}
     write_json(path, record)
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a kernel file; none where it does not exist (not Linux)."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

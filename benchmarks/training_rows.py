@@ -14,14 +14,13 @@ import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timing
 import torch
+from epoch_records import EpochRow
 from reference_loss import bank_loss, infonce_loss
 from torch import Tensor
 
-from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.config import LossConfig, RunConfig
 from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.loader import Batch, Loader
@@ -30,15 +29,23 @@ from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.errors import NumericsError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.flops import model_cost
+from pairclip_fast.telemetry.machine import cpu_model
+from pairclip_fast.telemetry.memory import GIB
+from pairclip_fast.telemetry.memory_ledger import in_gib
+from pairclip_fast.telemetry.time_ledger import TimeTotals
 from pairclip_fast.telemetry.timing import peak_tflops
 from pairclip_fast.text.bank import CaptionBank, bank_for
+from pairclip_fast.train.accounting import countable
+from pairclip_fast.train.budget import rank_noise
 from pairclip_fast.train.compiling import compile_encoder
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
+from pairclip_fast.train.planning import PROBE_PAIRS, probe
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.setup import Parts, build_trainee, train_loader, used_bank
+from pairclip_fast.train.state import model_tensors
 
 REPEATS = 5
 LEAST_REPEATS = 3
@@ -66,72 +73,90 @@ class Bench:
         self.raw_bank = bank_for(folder, self.manifest, text_encoder="hashed", events=events)
         self._banks: dict[str, CaptionBank] = {}
 
-    def measure(self, config: RunConfig, *, budget_s: float | None) -> dict[str, Any]:
+    def measure(self, config: RunConfig, *, budget_s: float | None) -> EpochRow:
         """Verify and time one configuration.
 
         Args:
             config: As `train` would run it.
             budget_s: Seconds to aim at, or None for one whole epoch.
 
-        Returns:
-            A flat, JSON-able row.
-
         Raises:
             NumericsError: the loss is not finite or not that of the reference.
         """
-        gc.collect()  # the last row's model, so that the peak memory is this row's
-        give_back_memory()  # or a row would seem to need what the one before it did
-        started, reset = time.monotonic(), timing.reset_peak_rss()
+        started = time.monotonic()
         parts = self._parts(config)
         placement = parts.placement
+        gc.collect()  # the last row's model, so that the peak memory is this row's
+        placement.forget_memory_peak()
+        held = placement.memory_reading().reserved
         trainee = build_trainee(parts)
-        micro = config.train.batch_size // config.optimizer.accumulate
-        compiled = compile_encoder(
-            trainee,
-            setting=config.train.compile,
-            images=(micro, *parts.image_shape),
-            num_captions=parts.bank.num_captions,
-            events=self.events,
-        )
+        compiled, compile_s = self._compile(trainee, parts)
         with contextlib.closing(train_loader(parts, events=self.events)) as loader:
             stretches = Stretches(trainee, loader, events=self.events)
             loss, expected = verify(trainee, next(stretches.stream), bank=parts.bank, config=config)
             repeats, steps = stretches.warm_up(budget_s=None if budget_s is None else budget_s - (time.monotonic() - started))
+            trainee.ledger.restart()
             measured = [stretches.run(steps) for _ in range(repeats)]
+            shares = TimeTotals()
+            shares.add(trainee.ledger.read())
             backend = loader.backend
+            training_peak = placement.memory_reading().peak
+        placement.forget_memory_peak()
+        rank_noise(trainee, parts)
+        evaluation_peak = placement.memory_reading().peak
         cost = model_cost(trainee.module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions)
-        rate = timing.spread(steps * config.train.batch_size / m.wall_s for m, _ in measured)
-        tflops = rate.median * cost.training_flops / 1e12
-        wall = sum(m.wall_s for m, _ in measured)
-        return {
-            "device": placement.device.type,
-            "device_name": placement.description,
-            "preset": config.preset,
-            "batch_size": config.train.batch_size,
-            "precision": parts.precision.name,
-            "loader": backend,
-            "compile": compiled,
-            "parameters": cost.parameters,
-            "gflop_per_pair": cost.training_flops / 1e9,
-            "repeats": repeats,
-            "steps_per_repeat": steps,
-            "extrapolated": budget_s is not None,
-            "pairs_per_second": rate.median,
-            "pairs_per_second_low": rate.low,
-            "pairs_per_second_high": rate.high,
-            "epoch_s": self.epoch_pairs / rate.median,
-            "epoch_s_low": self.epoch_pairs / rate.high,
-            "epoch_s_high": self.epoch_pairs / rate.low,
-            "tflops": tflops,
-            "peak_tflops": peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise),
-            "data_wait_fraction": sum(wait for _, wait in measured) / wall,
-            "cpu_s_per_wall_s": sum(m.cpu_s for m, _ in measured) / wall,
-            "peak_rss_gib": timing.peak_rss_gib(),
-            "peak_rss_of": "row" if reset else "process",
-            "cuda_peak_gib": placement.memory().get("cuda_peak_gib"),
-            "loss": loss,
-            "reference_loss": expected,
-        }
+        rate = timing.spread(steps * config.train.batch_size / m.wall_s for m in measured)
+        return EpochRow(
+            machine=placement.description if placement.is_cuda else f"{cpu_model()} ({torch.get_num_threads()} threads)",
+            device="cuda" if placement.is_cuda else "cpu",
+            preset=config.preset,
+            epochs=config.train.epochs,
+            batch_size=config.train.batch_size,
+            precision=parts.precision.name,
+            loader=backend,
+            compile=compiled,
+            compile_s=compile_s,
+            parameters=cost.parameters,
+            gflop_per_pair=cost.training_flops / 1e9,
+            repeats=repeats,
+            steps_per_repeat=steps,
+            extrapolated=budget_s is not None,
+            pairs_per_second=rate.median,
+            pairs_per_second_low=rate.low,
+            pairs_per_second_high=rate.high,
+            epoch_pairs=self.epoch_pairs,
+            epoch_s=self.epoch_pairs / rate.median,
+            epoch_s_low=self.epoch_pairs / rate.high,
+            epoch_s_high=self.epoch_pairs / rate.low,
+            tflops=rate.median * cost.training_flops / 1e12,
+            peak_tflops=peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise),
+            data_wait_fraction=shares.shares().get("wait", 0.0),
+            time_share={str(phase): share for phase, share in shares.shares().items()},
+            cpu_s_per_wall_s=sum(m.cpu_s for m in measured) / sum(m.wall_s for m in measured),
+            held_gib=in_gib(held),
+            training_peak_gib=in_gib(training_peak),
+            evaluation_peak_gib=in_gib(evaluation_peak),
+            disk_bytes=sum(tensor.nbytes for tensor in model_tensors(trainee).values()),
+            counted_gib=self._counted(parts, trainee),
+            loss=loss,
+            reference_loss=expected,
+        )
+
+    def _compile(self, trainee: Trainee, parts: Parts) -> tuple[str, float]:
+        """Compile as `train` would; what came of it, and the seconds it took."""
+        started = time.perf_counter()
+        images = (parts.micro_batch, *parts.image_shape)
+        setting, captions = parts.config.train.compile, parts.bank.num_captions
+        compiled = compile_encoder(trainee, setting=setting, images=images, num_captions=captions, events=self.events)
+        return compiled, time.perf_counter() - started
+
+    @staticmethod
+    def _counted(parts: Parts, trainee: Trainee) -> dict[str, float]:
+        """GiB per item that can be counted, the activations from the graphs of a few pairs."""
+        found = probe(parts, trainee, limit=PROBE_PAIRS)
+        trainee.optimizer.state.clear()  # or the state would count as there from the start
+        counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
+        return {item: size / GIB for item, size in counted.items() if size is not None}
 
     def _parts(self, config: RunConfig) -> Parts:
         """What the configuration trains with, on this machine."""
@@ -166,14 +191,9 @@ class Stretches:
         while True:
             yield from self.loader
 
-    def run(self, steps: int) -> tuple[timing.Measurement, float]:
-        """Train so many steps.
-
-        Returns:
-            The time taken, and the seconds of it that the training waited for data.
-        """
+    def run(self, steps: int) -> timing.Measurement:
+        """Train so many steps."""
         last = self.progress.step + steps
-        waited = self.loader.stats.wait_s
 
         def after_step(_batch: Batch, _result: StepResult) -> bool:
             if self.progress.step % self.placement.guard_steps == 0:
@@ -184,16 +204,16 @@ class Stretches:
             lambda: train_epoch(self.trainee, self.stream, self.progress, after_step=after_step), synchronize=self.placement.synchronise
         )
         self.trainee.guard.check(events=self.events)
-        return measured, self.loader.stats.wait_s - waited
+        return measured
 
     def warm_up(self, *, budget_s: float | None) -> tuple[int, int]:
         """Run a few steps unmeasured; then how many stretches of how many steps fit into `budget_s`."""
         if budget_s is None:
             self.run(1)
             return 1, len(self.loader)
-        first, _ = self.run(1)  # allocations, autotuning, the loader's start
+        first = self.run(1)  # allocations, autotuning, the loader's start
         count = WARM_UP_STEPS if first.wall_s * (WARM_UP_STEPS + LEAST_REPEATS + 1) < budget_s else 1
-        warm, _ = self.run(count)
+        warm = self.run(count)
         step_s = warm.wall_s / count
         left = max(budget_s - first.wall_s - warm.wall_s, 0.0)
         repeats = REPEATS if REPEATS * step_s <= left else LEAST_REPEATS

@@ -13,6 +13,8 @@ import timing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairclip_fast.telemetry.memory import reset_host_peak
+
 
 def test_variants_take_turns() -> None:
     calls: list[str] = []
@@ -57,7 +59,7 @@ def test_spread_of_known_values() -> None:
 
 
 def test_peak_memory_sees_an_allocation() -> None:
-    timing.reset_peak_rss()
+    reset_host_peak()
     before = timing.peak_rss_gib()
     with mmap.mmap(-1, 64 << 20) as block:  # fresh pages, whatever the allocator keeps
         block.write(b"x" * len(block))
