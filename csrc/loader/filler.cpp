@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -104,6 +105,7 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
         if (parameters[kCutSize] > 0.0f) cut_out(settings_, target, parameters);
       }
     }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // see TileKernel
     if (worker != 0) report.spent(thread_seconds() - started);
   });
   return report.result();

@@ -30,7 +30,7 @@ PAIRCLIP_INLINE __mmask16 inside(Ints at, int side) {
 
 // Where the 16 pixels of an output vector come from.
 struct Place {
-  Ints row, column, next;     // `row` counts from the axis' low end; `column` and `next` are the pixels of the left and right taps
+  Ints row, column, next;  // `row` counts from the axis' low end; `column` and `next` are the pixels of the left and right taps
   Floats left, right, below;  // weights of the left and right taps, and of the lower row
   int first;                  // the topmost row
 };
