@@ -1,4 +1,6 @@
 // The module `pairclip_fast._native`. Each room binds its own functions.
+#include "kernels/bindings.h"
+
 #include <nanobind/nanobind.h>
 
 #include "core/cpu.h"
@@ -13,5 +15,7 @@ NB_MODULE(_native, module) {
   module.doc() = "C++ core of pairclip-fast; `pairclip_fast.native` is its one importer.";
   module.def(
       "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
+  nb::module_ kernels = module.def_submodule("kernels");
+  pairclip::kernels::bind(kernels);
   pairclip::loader::bind(module);
 }

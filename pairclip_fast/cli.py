@@ -52,6 +52,8 @@ class VerifyOptions:
 class DoctorOptions:
     """Say what this machine can do, what will be used, and why."""
 
+    verify_kernels: bool = False
+    """Also check the caption-bank operations against float64 and time them beside torch; takes seconds."""
     json: bool = False
     """Print the answers as one JSON object."""
 
@@ -123,7 +125,7 @@ def run(options: Options) -> None:
         case DoctorOptions():
             from pairclip_fast.doctor import refuse_if_lacking, render_doctor, run_doctor
 
-            answers = run_doctor(events=events)
+            answers = run_doctor(events=events, verify=options.verify_kernels)
             show(answers, render_doctor, as_json=options.json)
             refuse_if_lacking(answers)
 

@@ -240,6 +240,8 @@ class TrainConfig:
     """Mixed precision where the device computes it natively."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`torch.compile`: `auto` on CUDA only, `on` everywhere (falls back with a reason), `off` nowhere."""
+    recompute: bool = False
+    """Compute the encoder's activations again in the backward pass instead of keeping them: less memory, the same result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     loader: Literal["auto", "native", "dali", "reference"] = "auto"

@@ -20,15 +20,17 @@ MARKS = {"ok": "ok", "fallback": "fallback", "missing": "MISSING"}
 STYLES = {"ok": "green", "fallback": "yellow", "missing": "bold red"}
 
 
-def run_doctor(*, events: EventLog, folder: Path | None = None) -> dict[str, Any]:
+def run_doctor(*, events: EventLog, folder: Path | None = None, verify: bool = False) -> dict[str, Any]:
     """Ask every room what it would do here. Changes nothing; takes seconds, most of them for importing torch.
 
     Args:
         events: Shows progress.
         folder: Where data and runs would be written; the current folder by default.
+        verify: Also check and time the kernels.
 
     Returns:
-        `format`, `version`, `can_train`, and `checks`: a list of {topic, status, found, reason, fix}, all strings.
+        `format`, `version`, `can_train`, and `checks`: a list of {topic, status, found, reason, fix}, all strings. With
+        `verify` also `kernels`, see `verify_kernels`.
     """
     folder = folder or Path.cwd()
     probes: dict[str, Callable[[], Check]] = {
@@ -53,30 +55,46 @@ def run_doctor(*, events: EventLog, folder: Path | None = None) -> dict[str, Any
         for topic, probe in probes.items():
             checks.append(attempt(topic, probe))
             advance(1)
-    return {
+    summary = {
         "format": FORMAT,
         "version": __version__,
         "can_train": all(check.status != "missing" for check in checks),
         "checks": [{name: printable(value).replace("\n", " ") for name, value in _fields(check).items()} for check in checks],
     }
+    if verify:
+        import torch
+
+        from pairclip_fast.doctor.kernels import verify_kernels
+
+        summary["kernels"] = verify_kernels(torch.device(training.training_device()), events=events)
+    return summary
 
 
 def refuse_if_lacking(summary: dict[str, Any]) -> None:
-    """End with exit code 5 if training cannot work; call it after the summary was shown.
+    """End with exit code 5 if training cannot work or a kernel is wrong; call it after the summary was shown.
 
     Raises:
-        EnvironmentLackingError: names what is missing.
+        EnvironmentLackingError: names what is missing or wrong.
     """
     missing = [check for check in summary["checks"] if check["status"] == "missing"]
     if missing:
         what = "; ".join(f"{check['topic']}: {check['found']}" for check in missing)
         fix = "; ".join(check["fix"] for check in missing if check["fix"])
         raise EnvironmentLackingError("training cannot work on this machine", got=what, fix=fix or None)
+    if "kernels" in summary:
+        from pairclip_fast.doctor.kernels import refuse_wrong_kernels
+
+        refuse_wrong_kernels(summary["kernels"])
 
 
 def render_doctor(summary: dict[str, Any]) -> str:
     """The answers as a table for a terminal, as plain lines for everything else."""
-    return _table(summary) if sys.stdout.isatty() else _lines(summary)
+    answers = _table(summary) if sys.stdout.isatty() else _lines(summary)
+    if "kernels" not in summary:
+        return answers
+    from pairclip_fast.doctor.kernels import render_verification
+
+    return f"{answers}\n\n{render_verification(summary['kernels'])}"
 
 
 def _fields(check: Check) -> dict[str, str]:

@@ -8,7 +8,8 @@ moment that tracing, autograd and the FLOP counter would all respect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,23 +33,35 @@ def outside_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
+@contextlib.contextmanager
+def ranking(device: torch.device) -> Iterator[None]:
+    """No autocast, and float32 products that are float32: TF32, which training allows on CUDA, has 10 bits and ties at random."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with outside_autocast(device):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
 def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     with outside_autocast(emb.device):
         return kernels_for(emb, bank).bank_softmax(emb, bank, scale)
 
 
 def _bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None) -> tuple[Tensor, ...]:
-    with outside_autocast(emb.device):
+    with ranking(emb.device):
         return kernels_for(emb, bank).bank_stats(emb, bank, scale, targets.long(), groups)
 
 
 def _pair_scores(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
-    with outside_autocast(emb.device):
+    with ranking(emb.device):
         return kernels_for(emb, bank).pair_scores(emb, bank, indices.long())
 
 
 def _bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    with outside_autocast(emb.device):
+    with ranking(emb.device):
         return kernels_for(emb, bank).bank_topk(emb, bank, k)
 
 

@@ -6,9 +6,16 @@ construction; nothing here assumes two tiles or 32 pixels.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pairclip_fast.errors import ConfigError
 
@@ -17,6 +24,18 @@ class ImageEncoder(nn.Module):
     """Base of the encoders; `feature_width` is the width of what `forward` returns, `layers` the number of attention maps."""
 
     feature_width: int
+    recompute = False
+    """Drop the blocks' activations and compute them again in the backward pass: the same gradients bit for bit, for less memory
+    and a second forward pass."""
+
+    def run(self, part: nn.Module, inputs: Tensor) -> Tensor:
+        """`part(inputs)`, recomputed later if so set. Nothing in our encoders draws random numbers."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: Tensor = part(inputs)
+            return result
+        contexts: dict[str, Any] = {"context_fn": functools.partial(_second_pass, part)} if _batch_norms(part) else {}
+        again: Tensor = checkpoint(part, inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return again
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         """Features of the stacked pictures."""
@@ -29,6 +48,31 @@ class ImageEncoder(nn.Module):
     def attention_pictures(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch layers rows columns"] | None:  # noqa: ARG002
         """Head-averaged attention that each patch of the stacked picture receives in the pooled feature; None without attention."""
         return None
+
+
+def _batch_norms(part: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in part.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def _second_pass(part: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Contexts of the two forward passes: the second one must not move the running statistics once more."""
+    return contextlib.nullcontext(), _fixed_statistics(part)
+
+
+@contextlib.contextmanager
+def _fixed_statistics(part: nn.Module) -> Iterator[None]:
+    """Inside, the norms move copies of their statistics."""
+    norms = _batch_norms(part)
+    originals = [dict(norm.named_buffers()) for norm in norms]
+    for norm, buffers in zip(norms, originals, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, originals, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
 
 
 def split_tiles(images: Float[Tensor, "batch channels height width"], *, tiles: int) -> Float[Tensor, "folded channels height tile_width"]:

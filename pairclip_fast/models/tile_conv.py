@@ -61,5 +61,7 @@ class TileConv(ImageEncoder):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         tiles = split_tiles(images, tiles=self.tiles).contiguous(memory_format=torch.channels_last)
-        pixels = self.stages(self.stem(tiles))
+        pixels = self.run(self.stem, tiles)
+        for stage in self.stages:
+            pixels = self.run(stage, pixels)
         return join_tiles(F.adaptive_max_pool2d(pixels, 1).flatten(1), tiles=self.tiles)

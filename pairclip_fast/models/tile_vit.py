@@ -93,7 +93,7 @@ class TileViT(ImageEncoder):
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         tokens = self._embed(images)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
         return join_tiles(self.norm(tokens).mean(dim=1), tiles=self.tiles)
 
     def attention_maps(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch layers heads tokens tokens"]:
@@ -120,5 +120,5 @@ class TileViT(ImageEncoder):
         return torch.stack(maps, dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.stem(split_tiles(images, tiles=self.tiles))
+        tokens = self.run(self.stem, split_tiles(images, tiles=self.tiles))
         return tokens + self.positions

@@ -48,7 +48,7 @@ class ViT(ImageEncoder):
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         tokens = self._embed(images)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
         features: Tensor = self.norm(tokens[:, 0])
         return features
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pairclip_fast.kernels import ops
+from pairclip_fast.models.encoder import ImageEncoder
 
 BATCH = 2
 """Pairs per count; the cost is linear in it."""
@@ -44,6 +45,9 @@ def model_cost(model: nn.Module, *, image_shape: tuple[int, int, int], num_capti
         num_captions: Captions in the bank; 0 to leave the bank's softmax out.
     """
     shadow = copy.deepcopy(model).to("meta").train()
+    for part in shadow.modules():
+        if isinstance(part, ImageEncoder):
+            part.recompute = False  # computing twice is not more work done for the model
     images = torch.empty(BATCH, *image_shape, device="meta")
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         features = shadow(images)

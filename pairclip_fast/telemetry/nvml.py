@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
+
+from pairclip_fast.events import EventLog
 
 GIB = 1 << 30
 
@@ -70,6 +73,67 @@ def read_nvml() -> NvmlReading:
             pynvml.nvmlShutdown()
 
 
+class NvmlMemory:
+    """Memory in use on one GPU, asked again and again during a run.
+
+    What cannot be read is left out of the readings, and its reason is told once: a GPU that falls off the bus in the middle of
+    a run costs a column, not the run.
+
+    Args:
+        uuid: The GPU as the driver names it (`GPU-...` or `MIG-...`): NVML's order is not CUDA's.
+        events: Told once per value why it is missing.
+    """
+
+    def __init__(self, uuid: str, *, events: EventLog) -> None:
+        self._events = events
+        self._pynvml: Any = None
+        self._handle: Any = None
+        try:
+            import pynvml
+        except (ImportError, OSError) as error:
+            self._tell("memory of the GPU", f"the module pynvml (package nvidia-ml-py) cannot be imported: {error}")
+            return
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            self._tell("memory of the GPU", _reason(error))
+            return
+        self._pynvml = pynvml
+        self._handle, reason = _ask(pynvml, lambda: pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        if reason is not None:
+            self._tell("memory of the GPU", reason)
+
+    def reading(self) -> dict[str, float]:
+        """`nvml_used_gib` (all programs on the GPU) and `nvml_process_gib` (this one: torch's pool, CUDA context, DALI); each if known."""
+        if self._handle is None:
+            return {}
+        used, why_not_used = _ask(self._pynvml, lambda: self._pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        if why_not_used is not None:
+            self._tell("memory of the GPU", why_not_used)
+            self._handle = None  # a lost GPU does not come back, and asking it can take seconds
+            return {}
+        own, why_not_own = _ask(self._pynvml, self._own_bytes)
+        if why_not_own is not None:
+            self._tell("memory of this process on the GPU", why_not_own)
+        values = {"nvml_used_gib": used, "nvml_process_gib": own}
+        return {name: value / GIB for name, value in values.items() if value is not None}
+
+    def close(self) -> None:
+        """Let go of the driver. Safe to call twice."""
+        if self._pynvml is not None:
+            with contextlib.suppress(self._pynvml.NVMLError):
+                self._pynvml.nvmlShutdown()
+        self._pynvml = self._handle = None
+
+    def _own_bytes(self) -> int | None:
+        """None in a container with process ids of its own, and where the driver does not account by process."""
+        processes = self._pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+
+    def _tell(self, what: str, reason: str) -> None:
+        self._events.fallback(f"NVML: {what}", chosen="not recorded", reason=reason)
+
+
 def _read_device(pynvml: Any, index: int) -> NvmlDevice:
     handle, reason = _ask(pynvml, lambda: pynvml.nvmlDeviceGetHandleByIndex(index))
     if handle is None:
@@ -98,10 +162,10 @@ def _read_device(pynvml: Any, index: int) -> NvmlDevice:
 
 
 def _ask(pynvml: Any, call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """The answer, or None and the reason. A driver older than a call lacks its symbol; NVML then raises an error of its own."""
+    """The answer, or None and the reason. A driver older than a call lacks its symbol; the bindings have two errors for that."""
     try:
         return call(), None
-    except pynvml.NVMLError as error:
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
         return None, _reason(error)
     except UnicodeDecodeError as error:
         return None, f"unreadable answer: {error}"

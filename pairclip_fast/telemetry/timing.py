@@ -1,7 +1,7 @@
 """How fast a training runs: rates over a window of steps, time left, and what the device could do at best.
 
-Rates are counted over the window between two events, on the monotonic clock, after the device has finished: no step is
-timed alone, so nothing waits for the device more often than every `STEP_EVENT_SECONDS`.
+Rates are counted over the window between two events, after the device has finished: no step is timed alone, so nothing waits
+for the device more often than every `STEP_EVENT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+from pairclip_fast.telemetry.time_ledger import BETWEEN_STEPS, Phase, TimeLedger
 
 STEP_EVENT_SECONDS = 2.0
 """Least time between two `step` events."""
@@ -25,27 +27,29 @@ class Rates:
 
     steps: int
     seconds: float
+    """Spent on these steps: evaluations and checkpoints are not counted."""
     pairs_per_second: float
     data_wait_fraction: float
+    time_s: dict[Phase, float]
+    """Seconds per phase, evaluations and checkpoints included."""
 
 
 class StepMeter:
-    """Counts steps and pairs between two readings.
+    """Counts steps and pairs between two readings of the time ledger.
 
     Args:
-        waited: Total seconds that the training has waited for data so far.
+        ledger: Knows where the time went.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, *, waited: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
-        self._waited, self._clock = waited, clock
+    def __init__(self, ledger: TimeLedger, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ledger, self._clock = ledger, clock
         self._steps = self._pairs = 0
-        self.restart()
+        self.postpone()
 
-    def restart(self) -> None:
-        """Begin a window now, as after an evaluation."""
-        self._steps = self._pairs = 0
-        self._started, self._waited_before = self._clock(), self._waited()
+    def postpone(self) -> None:
+        """The next event is due a whole window from now, as after an evaluation."""
+        self._started = self._clock()
 
     def count(self, pairs: int) -> None:
         """One more step with so many pairs."""
@@ -59,15 +63,17 @@ class StepMeter:
 
     def read(self) -> Rates:
         """The rates of the window; begins the next one. A clock that stands still gives rates of 0, not a failure."""
-        seconds = self._clock() - self._started
-        waited = self._waited() - self._waited_before
+        time_s = self._ledger.read()
+        seconds = sum(value for phase, value in time_s.items() if phase not in BETWEEN_STEPS)
         rates = Rates(
             steps=self._steps,
-            seconds=max(seconds, 0.0),
+            seconds=seconds,
             pairs_per_second=self._pairs / seconds if seconds > 0 else 0.0,
-            data_wait_fraction=min(max(waited / seconds, 0.0), 1.0) if seconds > 0 else 0.0,
+            data_wait_fraction=time_s.get("wait", 0.0) / seconds if seconds > 0 else 0.0,
+            time_s=time_s,
         )
-        self.restart()
+        self._steps = self._pairs = 0
+        self.postpone()
         return rates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.errors import CheckpointError, ConfigError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.timing import words_for_seconds
-from pairclip_fast.text.bank import CaptionBank
+from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train import run_folder
+from pairclip_fast.train.budget import within_budget
 from pairclip_fast.train.checkpoint import CheckpointStore, load
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes, join
 from pairclip_fast.train.evaluation import Evaluator, write_evaluation
-from pairclip_fast.train.options import EvalOptions, TrainOptions
+from pairclip_fast.train.options import EvalOptions, TrainOptions, budget_bytes
 from pairclip_fast.train.planning import dry_plan
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
@@ -64,7 +66,7 @@ def agree_on_run(options: TrainOptions, *, processes: Processes) -> tuple[Chosen
     message = ""
     try:
         if processes.is_first:
-            chosen = run_folder.choose(options)
+            chosen = fitted(run_folder.choose(options), options)
             message = json.dumps({"chosen": chosen.to_json(), "result": result_without_training(options, chosen)})
     finally:
         message = processes.share(message)
@@ -72,6 +74,25 @@ def agree_on_run(options: TrainOptions, *, processes: Processes) -> tuple[Chosen
         raise ConfigError("the first process could not start", fix="see its message")
     shared = json.loads(message)
     return Chosen.from_json(shared["chosen"]), shared["result"]
+
+
+def fitted(chosen: Chosen, options: TrainOptions) -> Chosen:
+    """The run inside the memory budget, if there is one. A run that was begun keeps what was chosen for it then.
+
+    Raises:
+        EnvironmentLackingError: it does not fit.
+    """
+    budget, console = budget_bytes(options), EventLog(None)
+    if budget is None:
+        return chosen
+    if chosen.resumes:
+        console.note("--memory-budget was settled when the run was started: it goes on as it was")
+        return chosen
+    manifest = open_data(chosen.data, chosen.config)
+    if not options.dry_run:  # now, so that the text encoder's memory is in the trials too
+        bank_for(chosen.data, manifest, text_encoder=options.text_encoder or "auto", events=console)
+    config = within_budget(chosen.config, data=chosen.data, manifest=manifest, run=chosen.folder, budget=budget, events=console)
+    return dataclasses.replace(chosen, config=config)
 
 
 def result_without_training(options: TrainOptions, chosen: Chosen) -> dict[str, Any] | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.data.loader import Batch
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.memory import MemoryReading, host_reading, reset_host_peak
+from pairclip_fast.telemetry.nvml import NvmlMemory
 
 GIB = 2**30
 CUDA_GUARD_STEPS = 32
@@ -51,14 +56,58 @@ class Placement:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def mark(self) -> Any:
+        """A point in the device's time, for `seconds_between`: the host's clock, or on CUDA an event behind all that was queued."""
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds_between(self, earlier: Any, later: Any) -> float:
+        """From one mark to a later one; on CUDA both must have been reached."""
+        return float(earlier.elapsed_time(later)) / 1e3 if self.is_cuda else later - earlier
+
     def memory(self) -> dict[str, float]:
-        """Device memory in GiB; empty on a CPU."""
+        """Memory of torch's allocator on the device, in GiB; empty on a CPU."""
         if not self.is_cuda:
             return {}
         return {
             "cuda_allocated_gib": torch.cuda.memory_allocated(self.device) / GIB,
+            "cuda_reserved_gib": torch.cuda.memory_reserved(self.device) / GIB,
             "cuda_peak_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
         }
+
+    def memory_reading(self) -> MemoryReading:
+        """Of the device's memory, or of the host's where that is the device."""
+        if not self.is_cuda:
+            return host_reading()
+        self.synchronise()
+        return MemoryReading(
+            allocated=torch.cuda.memory_allocated(self.device),
+            reserved=torch.cuda.memory_reserved(self.device),
+            peak=torch.cuda.max_memory_reserved(self.device),
+        )
+
+    def give_back(self) -> None:
+        """Return memory that is kept but free to the system: blocks of one size are of no use to the next task of another."""
+        if self.is_cuda:
+            self.synchronise()
+            torch.cuda.empty_cache()
+        else:
+            give_back_memory()
+
+    def forget_memory_peak(self) -> None:
+        """Give free memory back, and count the peak anew."""
+        self.give_back()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_host_peak()
+
+    def nvml(self, *, events: EventLog) -> NvmlMemory | None:
+        """The driver's view of the device's memory; None on a CPU."""
+        return NvmlMemory(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}", events=events) if self.is_cuda else None
 
     def generator_states(self) -> dict[str, Tensor]:
         """States of torch's generators as uint8 tensors."""

@@ -1,4 +1,7 @@
-"""The training step and the epoch around it: nothing here logs, saves, or knows the device."""
+"""The training step and the epoch around it: nothing here logs, saves, or knows the device.
+
+The laps say which phase has just ended; what they are added up to is the time ledger's business.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pairclip_fast.config import OptimizerConfig
 from pairclip_fast.data.loader import Batch
+from pairclip_fast.telemetry.time_ledger import TimeLedger
 from pairclip_fast.train.device import Placement
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import Ema
@@ -31,6 +35,8 @@ class LossModule(nn.Module):
         self.precision = precision
         self.encode: Callable[[Tensor], Tensor] = encoder.__call__
         """The encoder's forward pass, compiled or not."""
+        self.encoded: Callable[[], None] = nothing
+        """Called between encoder and loss."""
 
     @property
     def logit_scale(self) -> float:
@@ -49,9 +55,14 @@ class LossModule(nn.Module):
         """Mean loss over the valid pairs; the loss itself is computed in float32."""
         with self.precision.autocast():
             image_features = self.encode(images)
+        self.encoded()
         mixed = {"partner_caption_ids": partner_caption_ids, "mix_weight": mix_weight}
         loss: Tensor = self.loss(image_features.float(), caption_ids, valid=valid, **mixed)
         return loss
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -66,9 +77,14 @@ class Trainee:
     processes: Processes
     scaler: torch.amp.GradScaler
     guard: FiniteGuard
+    ledger: TimeLedger = dataclasses.field(default_factory=TimeLedger)
     ema: Ema | None = None
     parallel: nn.Module | None = None
     """`module` wrapped for data parallelism, if there is more than one process."""
+
+    def __post_init__(self) -> None:
+        # A function and not a bound method: copies of the module (averages, probes) then share the ledger instead of copying it.
+        self.module.encoded = lambda: self.ledger.lap("forward")
 
     @property
     def evaluated(self) -> LossModule:
@@ -105,7 +121,7 @@ def micro_batches(batch: Batch, *, count: int) -> list[Batch]:
 
 def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
     """One optimizer step from one batch, in micro-batches weighted by their share of valid pairs."""
-    optimizer, config, scaler = trainee.optimizer, trainee.config, trainee.scaler
+    optimizer, config, scaler, lap = trainee.optimizer, trainee.config, trainee.scaler, trainee.ledger.lap
     for group in optimizer.param_groups:
         group["lr"] = trainee.schedule(step) * group["lr_ratio"]
     optimizer.zero_grad(set_to_none=True)
@@ -116,7 +132,9 @@ def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
         with trainee.gradient_sync(last=number == len(pieces) - 1):
             part = forward(piece.images, piece.caption_ids, piece.valid, piece.partner_caption_ids, piece.mix_weight)
             part = part * (piece.valid.sum() / batch.valid.sum())
+            lap("loss")
             scaler.scale(part).backward()
+        lap("backward")
         loss += part.detach()
     loss = trainee.processes.mean(loss)
 
@@ -130,6 +148,7 @@ def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
     scaler.update()
     if trainee.ema is not None:
         trainee.ema.update(trainee.module, step=step)
+    lap("optimizer")
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
@@ -146,11 +165,16 @@ def train_epoch(trainee: Trainee, loader: Iterable[Batch], progress: Progress, *
         Whether `after_step` ended it.
     """
     trainee.module.train()
+    lap = trainee.ledger.lap
     for batch in loader:
+        lap("wait")
         moved = trainee.placement.move(batch)
+        lap("copy")
         result = train_step(trainee, moved, step=progress.step)
         progress.step += 1
         progress.samples_seen += len(batch.sample_ids) * trainee.processes.world_size
-        if after_step(moved, result):
+        stop = after_step(moved, result)
+        lap("other")
+        if stop:
             return True
     return False

@@ -7,10 +7,12 @@ a typo in a flag or a key is answered at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pairclip_fast.config import DEFAULT_PRESET, RunConfig, load_preset, overlay, read_toml
+from pairclip_fast.errors import ConfigError
 
 DEFAULT_DATA = Path("data")
 DEFAULT_RUNS = Path("runs")
@@ -46,6 +48,8 @@ class TrainOptions:
     """torch.compile: on CUDA only, everywhere, or nowhere."""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where to train."""
+    memory_budget: str | None = None
+    """Stay below this much memory (6GiB, 900MiB) with smaller micro-batches and recomputing; on a GPU of its memory."""
     seed: int | None = None
     """Seed of weights, order and augmentation."""
     resume: bool = False
@@ -95,6 +99,22 @@ def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> R
     config = overlay(base, tables, where=str(options.config)) if tables else base
     flags = _flag_tables(options, config)
     return overlay(config, flags, where="the command line") if flags else config
+
+
+def budget_bytes(options: TrainOptions) -> int | None:
+    """The memory budget in bytes; None for none.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    if options.memory_budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)B?", options.memory_budget.strip(), flags=re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        size = "a number and a unit, as 6GiB or 900MiB"
+        raise ConfigError("not a size", where="--memory-budget", expected=size, got=options.memory_budget)
+    unit = found[2].upper()
+    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1))
 
 
 def _flag_tables(options: TrainOptions, config: RunConfig) -> dict[str, Any]:

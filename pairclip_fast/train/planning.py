@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
+from pairclip_fast.kernels.ops import implementation
 from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank
+from pairclip_fast.train.accounting import countable
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
@@ -49,10 +52,12 @@ class TrainingPlan:
     epochs: int
     total_pflop: float
     eta_s: float
-    memory_gib: float
-    """Weights, gradients, optimizer, averages, bank, and activations of one micro-batch."""
+    memory_gib: dict[str, float]
+    """Model (with averages and caption bank), loader, activations of one micro-batch, gradients, optimizer state."""
     device: str
     precision: str
+    kernels: str
+    """Which implementation of the caption-bank operations runs, and why."""
     loader: str
     compile: str
 
@@ -65,8 +70,8 @@ class TrainingPlan:
             f"plan: {self.num_train:,} training and {self.num_val:,} validation pairs, {self.num_captions:,} captions",
             f"      {self.parameters:,} parameters, {self.flops_per_pair / 1e9:.3f} GFLOP per pair, {self.total_pflop:.4g} PFLOP in all",
             f"      {self.epochs} epochs of {self.steps_per_epoch:,} steps; {self.precision}; loader {self.loader}; {self.compile}",
-            f"      on {self.device}",
-            f"      about {words_for_seconds(self.eta_s)} (estimate), {self.memory_gib:.2f} GiB for the training itself (estimate)",
+            f"      on {self.device}; kernels {self.kernels}",
+            f"      about {words_for_seconds(self.eta_s)}, {sum(self.memory_gib.values()):.2f} GiB for training (estimates)",
         ]
 
 
@@ -76,6 +81,12 @@ class Probe:
 
     pairs_per_second: float
     activation_bytes_per_pair: float
+    fixed_activation_bytes: float
+    """Kept whatever the batch: copies of the weights in another format."""
+
+    def activation_bytes(self, pairs: int) -> int:
+        """What autograd keeps from the forward to the backward pass of so many pairs."""
+        return round(self.fixed_activation_bytes + self.activation_bytes_per_pair * pairs)
 
 
 def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, steps_done: int = 0) -> TrainingPlan:
@@ -88,8 +99,9 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     pairs = parts.steps_per_epoch * config.train.batch_size * config.train.epochs
     left = pairs - steps_done * config.train.batch_size
     ranked = num_val * (max(config.train.epochs * left / max(pairs, 1), 0.0) + 1)
-    copies = 4 + bool(config.optimizer.ema_decay)  # weight, gradient, two moments, average
+    counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
     rate = found.pairs_per_second * parts.processes.world_size
+    kernels = implementation(parts.placement.device)
     return TrainingPlan(
         num_train=parts.num_train,
         num_val=num_val,
@@ -100,10 +112,10 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         epochs=config.train.epochs,
         total_pflop=flops * pairs / 1e15,
         eta_s=left / rate + ranked * FORWARD_SHARE / found.pairs_per_second,
-        memory_gib=(4 * parameters * copies + 4 * parts.bank.text_features.numel() + found.activation_bytes_per_pair * parts.micro_batch)
-        / GIB,
+        memory_gib={item: size / GIB for item, size in counted.items() if size is not None},
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
+        kernels=f"{kernels.name} ({kernels.reason})",
         loader=loader,
         compile=compiled,
     )
@@ -129,12 +141,14 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
 
     with torch.random.fork_rng(devices=[device] if placement.is_cuda else []):
         pairs = min(PROBE_PAIRS, limit)
-        activations = saved_bytes(lambda: seconds(pairs), module=module)  # the first pass also pays for allocations
+        # The first passes also pay for allocations.
+        few, many = (saved_bytes(functools.partial(seconds, number), module=module) for number in (1, pairs))
         best, tries, started = 0.0, 0, time.perf_counter()
         while tries < PROBE_TRIES or time.perf_counter() - started < PROBE_SECONDS:
             best = max(best, pairs / max(seconds(pairs), 1e-9))
             pairs, tries = min(2 * pairs, limit), tries + 1
-    return Probe(pairs_per_second=best, activation_bytes_per_pair=activations / min(PROBE_PAIRS, limit))
+    per_pair = (many - few) / (min(PROBE_PAIRS, limit) - 1) if limit > 1 else many
+    return Probe(pairs_per_second=best, activation_bytes_per_pair=per_pair, fixed_activation_bytes=few - per_pair)
 
 
 def saved_bytes(run: Callable[[], object], *, module: torch.nn.Module) -> int:
@@ -153,7 +167,17 @@ def saved_bytes(run: Callable[[], object], *, module: torch.nn.Module) -> int:
 
 
 def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> TrainingPlan:
-    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing.
+    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing."""
+    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, events=events)
+    placement = parts.placement
+    backend = choose_backend(config.train.loader, device=placement.device, events=events)
+    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
+    with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
+        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+
+
+def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> Parts:
+    """The parts of a run that is not started, for its plan or for a trial; writes nothing.
 
     Without a caption bank on disk, the bank's size is taken from the configuration and its features are noise: the cost is
     the same.
@@ -167,11 +191,7 @@ def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, ev
     if paths and bank.kind == "raw":
         bank = used_bank(bank, config)
     processes = Processes()
-    parts = Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
-    backend = choose_backend(config.train.loader, device=placement.device, events=events)
-    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
-    with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
-        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+    return Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
 
 
 def _noise_bank(config: RunConfig, manifest: Manifest) -> CaptionBank:

@@ -20,10 +20,10 @@ from pairclip_fast.errors import CheckpointError, ConfigError, printable
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FolderLock, write_atomic, write_json
 from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions
-from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, resolve_config
+from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK = "config.toml", "environment.json", "events.jsonl", "run.lock"
-PLACEMENT_FIELDS = ("train.device", "train.compile", "train.loader", "train.save_minutes", "train.tensorboard")
+PLACEMENT_FIELDS = ("train.device", "train.compile", "train.recompute", "train.loader", "train.save_minutes", "train.tensorboard")
 """May change on resume: they say where and how the same training is computed. Every other field decides the result."""
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "transformers", "webdataset", "nvidia-dali-cuda130", "triton")
 
@@ -56,6 +56,7 @@ def choose(options: TrainOptions) -> Chosen:
         ConfigError: bad configuration; a folder with something in it and no `--resume`; `--resume` without any run; a
             configuration that differs from the one the run was started with.
     """
+    budget_bytes(options)  # a wrong one is answered before anything is looked for
     folder = options.out if options.out is not None else (_newest_run(options) if options.resume else None)
     if folder is None:
         config = resolve_config(options)

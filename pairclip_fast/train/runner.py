@@ -6,6 +6,7 @@ the trainee and in `Progress`; the rest of this file tells and saves.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 
 from pairclip_fast.data.loader import Batch, Loader
-from pairclip_fast.data.stats import starvation
+from pairclip_fast.data.stats import LoaderStats, starvation
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
-from pairclip_fast.telemetry.memory import host_memory
-from pairclip_fast.telemetry.timing import Rates, StepMeter
+from pairclip_fast.telemetry.memory_ledger import MemoryLedger
 from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
 from pairclip_fast.train.distributed import AGREEMENT_STEPS
 from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
+from pairclip_fast.train.ledgers import Ledgers
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
 from pairclip_fast.train.planning import TrainingPlan
 from pairclip_fast.train.progress import Progress
@@ -45,6 +46,7 @@ class Runner:
         plan: What was announced.
         identity: What the run was made from; goes into every checkpoint.
         peak: Practical peak of the device in TFLOP/s.
+        memory: Has seen the model come into being; sees the first epoch.
         events: The run's log.
     """
 
@@ -61,6 +63,7 @@ class Runner:
         plan: TrainingPlan,
         identity: dict[str, Any],
         peak: float,
+        memory: MemoryLedger,
         events: EventLog,
     ) -> None:
         self.run, self.parts, self.trainee, self.progress, self.loader = run, parts, trainee, progress, loader
@@ -68,9 +71,8 @@ class Runner:
         self.signals = SignalFlags()
         self.failed_save: StorageError | None = None
         self.evaluation_s = 0.0
-        self._meter = StepMeter(waited=lambda: self.loader.stats.wait_s)
-        self._loaded = loader.stats.copy()
         self._said_starved = False
+        self.ledgers = Ledgers(trainee, loader=loader, memory=memory, counted=plan.memory_gib, events=events)
         self._line = ConsoleLine(events)
         self._loss_sum = torch.zeros((), device=parts.placement.device)
         self._loss_count = 0
@@ -87,9 +89,9 @@ class Runner:
             StorageError: the last save failed.
         """
         progress, steps = self.progress, self.parts.steps_per_epoch
-        with self.signals:
+        with self.signals, contextlib.closing(self.ledgers):
             self._clock = self._saved_at = time.monotonic()
-            self._meter.restart()
+            self.ledgers.begin()
             while progress.finished is None:
                 if progress.step < (progress.epoch + 1) * steps and self._train_epoch():
                     self._leave()
@@ -102,7 +104,8 @@ class Runner:
         except torch.OutOfMemoryError as error:
             self.trainee.optimizer.zero_grad(set_to_none=True)
             self.save()
-            peak = self.parts.placement.memory().get("cuda_peak_gib", host_memory()["peak_rss_gib"])
+            memory = self.ledgers.memory()
+            peak = memory.get("cuda_peak_gib", memory.get("peak_rss_gib", memory["rss_gib"]))
             accumulate = 2 * self.parts.config.optimizer.accumulate
             raise EnvironmentLackingError(
                 "the device ran out of memory",
@@ -114,12 +117,12 @@ class Runner:
     def _after_step(self, batch: Batch, result: StepResult) -> bool:
         """What follows a step: look at the guard, tell, save, stop. True to stop."""
         progress = self.progress
-        self._meter.count(len(batch.sample_ids) * self.parts.processes.world_size)
+        self.ledgers.count(len(batch.sample_ids) * self.parts.processes.world_size)
         self._loss_sum += result.loss
         self._loss_count += 1
         if progress.step % self.parts.placement.guard_steps == 0:
             self.trainee.guard.check(events=self.events)
-        if self._meter.due or progress.step % self.parts.steps_per_epoch == 0:
+        if self.ledgers.due or progress.step % self.parts.steps_per_epoch == 0:
             self.trainee.guard.check(events=self.events)
             self._tell(result)
         if self.signals.take_save():
@@ -134,8 +137,9 @@ class Runner:
 
     def _tell(self, result: StepResult) -> None:
         """One `step` event and one line on the console; waits for the device."""
+        self.ledgers.lap("other")
         self.parts.placement.synchronise()
-        rates, progress, flops = self._meter.read(), self.progress, self.plan.flops_per_pair
+        rates, loaded, progress, flops = self.ledgers.read(), self.ledgers.loaded(), self.progress, self.plan.flops_per_pair
         left = max(self.parts.total_steps - progress.step, 0) * self.parts.config.train.batch_size
         evaluations = self.parts.config.train.epochs - progress.epoch + 1
         tflops = rates.pairs_per_second * flops / 1e12
@@ -154,27 +158,34 @@ class Runner:
             "data_wait_fraction": rates.data_wait_fraction,
             "pflop": flops * progress.samples_seen / 1e15,
             "eta_s": eta,
-            "memory": host_memory() | self.parts.placement.memory(),
+            "time_s": rates.time_s,
+            "fill_s": loaded.fill_s,
+            "memory": self.ledgers.memory(),
         }
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self._loss_count = 0
         self.events.emit("step", **fields)
-        self._judge_loader(rates)
+        self._judge_loader(loaded, seconds=sum(rates.time_s.values()))
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
         self._line.say(fields, total_steps=self.parts.total_steps, epochs=self.parts.config.train.epochs)
+        self.ledgers.lap("telemetry")
 
-    def _judge_loader(self, rates: Rates) -> None:
+    def _judge_loader(self, loaded: LoaderStats, *, seconds: float) -> None:
         """Say once if the training waits for data, and for what."""
-        window, self._loaded = self.loader.stats.since(self._loaded), self.loader.stats.copy()
-        verdict = starvation(window, seconds=rates.seconds)
+        verdict = starvation(loaded, seconds=seconds)
         if verdict is not None and not self._said_starved:
             self._said_starved = True
-            self.events.note(verdict, step=self.progress.step, loader=window.to_json())
+            self.events.note(verdict, step=self.progress.step, loader=loaded.to_json())
 
     def save(self) -> None:
         """Write a checkpoint. A disk that fails does not end the training; the next save point tries again."""
+        self.ledgers.lap("other")
+        self._save()
+        self.ledgers.lap("checkpoint")
+
+    def _save(self) -> None:
         self.trainee.guard.check(events=self.events)
         self._account()
         self._saved_at = time.monotonic()
@@ -198,7 +209,10 @@ class Runner:
         """Evaluate, remember the best, decide whether to go on, save."""
         progress, train = self.progress, self.parts.config.train
         progress.epoch += 1
+        self.ledgers.lap("other")
+        self.ledgers.end_training()
         metrics = self._evaluate()
+        self.ledgers.end_evaluation()
         best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
         if metrics is not None:
             self.events.emit("eval", step=progress.step, epoch=progress.epoch - 1, split="val", metrics=metrics, best=best)
@@ -208,7 +222,7 @@ class Runner:
         elif train.patience and progress.stale >= train.patience:
             progress.finished = "early_stop"
         self.save()
-        self._meter.restart()
+        self.ledgers.postpone()
         self.signals.stop = self.parts.processes.agree(self.signals.stop)
         if self.signals.stop and progress.finished is None:
             self._leave()
@@ -218,6 +232,7 @@ class Runner:
         if self.evaluator is None:
             return None
         started = time.monotonic()
+        self.parts.placement.give_back()  # or the peak would be that of the training plus that of the evaluation
         metrics = scalars(self.evaluator(self.trainee.evaluated).metrics)
         self.evaluation_s = time.monotonic() - started
         return metrics
@@ -250,11 +265,14 @@ class Runner:
             if self.parts.processes.is_first:
                 write_evaluation(self.run, evaluation)
             metrics = evaluation.metrics
+        self.ledgers.lap("evaluation")
         self._account()
-        self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **self._totals())
+        totals = self._totals()
+        self.events.emit("finished", step=progress.step, reason=progress.finished, best=self._best(), **totals)
+        self._line.say_ledgers(self.ledgers.totals, overhead=totals["telemetry_share"], memory=self.ledgers.memory_rows())
         if self.failed_save is not None:
             raise self.failed_save
-        return result(self.run, progress, metrics=metrics, pflop=self._totals()["pflop"])
+        return result(self.run, progress, metrics=metrics, pflop=totals["pflop"])
 
     def _account(self) -> None:
         """Add the time since the last call to the run's."""
@@ -262,8 +280,10 @@ class Runner:
         self.progress.seconds += now - self._clock
         self._clock = now
 
-    def _totals(self) -> dict[str, float]:
-        return {"seconds": self.progress.seconds, "pflop": self.plan.flops_per_pair * self.progress.samples_seen / 1e15}
+    def _totals(self) -> dict[str, Any]:
+        """Of the run: time and work; of the time since the last `step` event: where it went."""
+        pflop = self.plan.flops_per_pair * self.progress.samples_seen / 1e15
+        return {"seconds": self.progress.seconds, "pflop": pflop, **self.ledgers.rest()}
 
     def _best(self) -> dict[str, Any] | None:
         best = self.progress.best

@@ -13,6 +13,7 @@ from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
+from pairclip_fast.telemetry.time_ledger import TimeLedger
 from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train.device import Placement
 from pairclip_fast.train.distributed import Processes, local_batch
@@ -84,6 +85,7 @@ def run_bank(
 def build_module(config: RunConfig, *, manifest: Manifest, bank: CaptionBank, precision: Precision, device: torch.device) -> LossModule:
     """Encoder and loss on `device`; weights are drawn from torch's global generator."""
     encoder = build_model(config.model, tiles=manifest.tiles, tile_size=(manifest.tile_height, manifest.tile_width), dim=bank.dim)
+    encoder.encoder.recompute = config.train.recompute
     loss = ContrastiveLoss(config.loss, bank=bank.text_features, groups=bank.groups)
     return LossModule(encoder, loss, precision=precision).to(device)
 
@@ -112,6 +114,7 @@ def build_trainee(parts: Parts) -> Trainee:
         processes=processes,
         scaler=scaler,
         guard=FiniteGuard(placement.device, tolerance=FP16_STREAK if scaler.is_enabled() else 0),
+        ledger=TimeLedger(mark=placement.mark, between=placement.seconds_between),
         ema=Ema(module, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         parallel=processes.wrap(module, device=placement.device),
     )

@@ -16,6 +16,7 @@ from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pairclip_fast.errors import CheckpointError, ConfigError, DataError, PairclipError
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.storage import FolderLock, write_atomic
+from pairclip_fast.telemetry.memory_ledger import MemoryLedger
 from pairclip_fast.telemetry.tensorboard import tensorboard_sink
 from pairclip_fast.telemetry.timing import peak_tflops
 from pairclip_fast.train import run_folder
@@ -104,7 +105,9 @@ def set_up(
             events.subscribe(tensorboard_sink(run / "tensorboard"))
     parts = open_parts(chosen, manifest=manifest, processes=processes, text_encoder=text_encoder, events=events)
     placement = parts.placement
+    memory = MemoryLedger(read=placement.memory_reading, forget_peak=placement.forget_memory_peak)
     trainee = build_trainee(parts)
+    memory.note("model")
     loader = train_loader(parts, events=events)
     stack.callback(loader.close)
     evaluator = open_evaluator(parts, events=events)
@@ -145,6 +148,7 @@ def set_up(
         plan=plan,
         identity=identity,
         peak=peak,
+        memory=memory,
         events=events,
     )
 

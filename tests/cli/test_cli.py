@@ -26,12 +26,12 @@ OPTIONS = {
     "embed": {"--data", "--text-encoder", "--batch-size", "--features", "--preset", "--json"},
     "train": {
         "--data", "--out", "--preset", "--amp", "--epochs", "--batch-size", "--lr", "--loader", "--on-bad-record", "--loss", "--bank",
-        "--compile", "--device", "--seed", "--resume", "--config", "--text-encoder", "--dry-run", "--json",
+        "--compile", "--device", "--memory-budget", "--seed", "--resume", "--config", "--text-encoder", "--dry-run", "--json",
     },
     "eval": {"--run", "--data", "--split", "--json"},
     "report": {"--run", "--json"},
     "verify": {"--data", "--json"},
-    "doctor": {"--json"},
+    "doctor": {"--verify-kernels", "--json"},
 }  # fmt: skip
 """The golden list: an option added or renamed must be added or renamed here, knowingly."""
 
@@ -80,6 +80,7 @@ ANSWERED_AT_ONCE = (
     ["train", "--no-such-flag"],
     ["train", "--preset", "enhansed"],
     ["train", "--batch-size", "1"],
+    ["train", "--memory-budget", "plenty"],
     ["train", "--config", "nowhere.toml"],
     ["eval", "--run", "nowhere"],
     ["report", "--run", "nowhere"],

@@ -15,7 +15,8 @@ from typing import Any
 import pynvml
 import pytest
 
-from pairclip_fast.telemetry.nvml import NvmlDevice, read_nvml
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.nvml import NvmlDevice, NvmlMemory, read_nvml
 
 ERRORS = sorted(name for name in dir(pynvml) if name.startswith("NVMLError_"))
 ANSWERS: dict[str, Callable[..., Any]] = {
@@ -39,8 +40,15 @@ int nvmlSystemGetDriverVersion(char *text, unsigned size) { strncpy(text, "575.5
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)16; return 0; }
 int nvmlDeviceGetName(void *handle, char *text, unsigned size) { strncpy(text, "Stand-in GPU", size); return 0; }
-int nvmlDeviceGetMemoryInfo(void *handle, memory_t *m) { m->total = 8ull << 30; m->used = 1ull << 30; m->free = 7ull << 30; return MEMORY; }
+int nvmlDeviceGetMemoryInfo(void *handle, memory_t *m) {
+  static int asked = 0;
+  m->total = 8ull << 30; m->used = 1ull << 30; m->free = 7ull << 30;
+  return ++asked > LOST_AFTER ? 15 : MEMORY;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) { *handle = (void *)16; return strncmp(uuid, "GPU-", 4) ? 6 : 0; }
 """
+LOST_AFTER = 1_000_000
+"""Questions until the stand-in's GPU falls off the bus."""
 
 
 @pytest.fixture
@@ -113,19 +121,23 @@ def test_no_gpu_and_no_module(answers: Callable[..., None], monkeypatch: pytest.
 def build(folder: Path, **values: int) -> None:
     """The stand-in library, small enough to compile in a test."""
     (folder / "nvml.c").write_text(STAND_IN)
-    defines = [f"-D{name}={value}" for name, value in values.items()]
+    defines = [f"-D{name}={value}" for name, value in ({"LOST_AFTER": LOST_AFTER} | values).items()]
     command = ["cc", "-shared", "-fPIC", "-w", *defines, "-o", str(folder / "libnvidia-ml.so.1"), str(folder / "nvml.c")]
     subprocess.run(command, check=True, capture_output=True)
 
 
 def read_in_process(folder: Path) -> dict[str, Any]:
-    program = (
-        "import json, dataclasses; from pairclip_fast.telemetry.nvml import read_nvml; print(json.dumps(dataclasses.asdict(read_nvml())))"
+    return answer_in_process(
+        folder,
+        "import json, dataclasses; from pairclip_fast.telemetry.nvml import read_nvml; print(json.dumps(dataclasses.asdict(read_nvml())))",
     )
+
+
+def answer_in_process(folder: Path, program: str) -> Any:
+    """What a program with the stand-in library prints, as JSON."""
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True, env=environment)
-    reading: dict[str, Any] = json.loads(done.stdout)
-    return reading
+    return json.loads(done.stdout)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler for the stand-in libnvidia-ml")
@@ -142,3 +154,69 @@ def test_the_real_bindings_against_a_stand_in_library(tmp_path: Path) -> None:
     device = read_in_process(tmp_path)["devices"][0]
     assert device["memory_total_gib"] is None
     assert "NoPermission" in device["absent"]["memory_total_gib"]
+
+
+SAMPLING = """
+import json
+from pairclip_fast.events import EventLog
+from pairclip_fast.telemetry.nvml import NvmlMemory
+events = EventLog(None, console=False)
+memory = NvmlMemory("GPU-1", events=events)
+readings = [memory.reading() for _ in range(4)]
+memory.close()
+print(json.dumps([readings, [event["reason"] for event in events.fallbacks]]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler for the stand-in libnvidia-ml")
+def test_the_sampler_on_the_real_bindings_outlives_a_lost_gpu(tmp_path: Path) -> None:
+    build(tmp_path, INIT=0, MEMORY=0, LOST_AFTER=2)
+    readings, reasons = answer_in_process(tmp_path, SAMPLING)
+    assert readings == [{"nvml_used_gib": 1.0}, {"nvml_used_gib": 1.0}, {}, {}]
+    assert len(reasons) == 2, "the stand-in does not know processes either; each is told once"
+    assert "LibraryMismatch" in reasons[0], "a driver older than the bindings"
+    assert "GpuIsLost" in reasons[1]
+
+
+SAMPLER_CALLS: dict[str, Callable[..., Any]] = {
+    "nvmlDeviceGetHandleByUUID": lambda uuid: 1,
+    "nvmlDeviceGetComputeRunningProcesses": lambda handle: [
+        SimpleNamespace(pid=1, usedGpuMemory=1 << 30),
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 << 29),
+    ],
+}
+
+
+def test_the_sampler_reads_the_gpu_and_this_process(answers: Callable[..., None]) -> None:
+    answers(**SAMPLER_CALLS)
+    events = EventLog(None, console=False)
+    memory = NvmlMemory("GPU-1", events=events)
+    assert memory.reading() == {"nvml_used_gib": 1.5, "nvml_process_gib": 1.5}
+    answers(**{**SAMPLER_CALLS, "nvmlDeviceGetComputeRunningProcesses": lambda handle: []})
+    assert memory.reading() == {"nvml_used_gib": 1.5}, "in a container with process ids of its own"
+    memory.close()
+    memory.close()
+    assert memory.reading() == {}
+    assert events.fallbacks == []
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_sampler_tells_every_failure_once_and_goes_on(answers: Callable[..., None], error: str) -> None:
+    for call in (*SAMPLER_CALLS, "nvmlInit", "nvmlDeviceGetMemoryInfo", "nvmlShutdown"):
+        answers(**{**SAMPLER_CALLS, call: raising(error)})
+        events = EventLog(None, console=False)
+        memory = NvmlMemory("GPU-1", events=events)
+        readings = [memory.reading() for _ in range(3)]
+        memory.close()
+        whole = {"nvml_used_gib": 1.5, "nvml_process_gib": 1.5}
+        expected = {"nvmlShutdown": whole, "nvmlDeviceGetComputeRunningProcesses": {"nvml_used_gib": 1.5}}.get(call, {})
+        assert readings == [expected] * 3
+        assert len(events.fallbacks) == (call != "nvmlShutdown")
+        assert all(error.removeprefix("NVMLError_") in event["reason"] for event in events.fallbacks)
+
+
+def test_the_sampler_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    events = EventLog(None, console=False)
+    assert NvmlMemory("GPU-1", events=events).reading() == {}
+    assert "nvidia-ml-py" in events.fallbacks[0]["reason"]

@@ -1,8 +1,11 @@
-"""The bank operations against their definitions, with properties, gradients, registration checks and wrong versions."""
+"""The bank operations against their definitions, with properties, gradients, registration checks and wrong versions.
+
+Everything runs twice: with the portable operations, and with whatever implementation of its own this machine's CPU has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -12,9 +15,21 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pairclip_fast.kernels import ops, portable, reference
+from pairclip_fast.kernels import cpp, ops, portable, reference
+from pairclip_fast.kernels.choice import VARIABLE
 
 SCALE = torch.tensor(11.0)
+
+
+@pytest.fixture(scope="module", params=["torch", "cpp"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    missing = cpp.why_not(torch.device("cpu")) if name == "cpp" else None
+    if missing:
+        pytest.skip(missing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, name)
+        yield name
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -183,6 +198,25 @@ def test_low_precision_inputs_are_scored_in_float32() -> None:
     assert torch.equal(stats.greater, reference.bank_stats(emb.double(), bank.double(), SCALE.double(), torch.arange(5))[2])
 
 
+def test_ranks_are_never_made_from_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    plain = portable.bank_topk
+
+    def watched(*arguments: object) -> tuple[Tensor, Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return plain(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("PAIRCLIP_BACKEND", "torch")
+    monkeypatch.setattr(portable, "bank_topk", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        ops.bank_topk(unit(2, 4), unit(5, 4, seed=1), k=2)
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_autocast_does_not_round_scores() -> None:
     emb, bank = unit(5, 32), unit(200, 32, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -252,7 +286,7 @@ def test_scores_stay_within_the_workspace(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(sizes) <= 64 * 1024
 
 
-def test_the_implementation_is_named_with_its_reason() -> None:
+def test_the_implementation_is_named_with_its_reason(backend: str) -> None:
     found = ops.implementation(torch.device("cpu"))
-    assert found.name == "torch"
-    assert "cpu" in found.reason
+    assert found.name == backend
+    assert ("C++" if backend == "cpp" else VARIABLE) in found.reason

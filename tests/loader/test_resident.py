@@ -23,6 +23,7 @@ NIGHTLY = os.environ.get("PAIRCLIP_HYPOTHESIS") == "nightly"
 CAPABILITIES = (80, 86, 89, 90, 100, 120) if NIGHTLY else (90,)
 
 
+@pytest.mark.timeout(180)  # 17 s of CPU time, on machines that others use too
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(FILE)]

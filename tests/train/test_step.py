@@ -18,6 +18,7 @@ from pairclip_fast.events import Event, EventLog
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
 from pairclip_fast.telemetry.memory import host_memory
+from pairclip_fast.telemetry.time_ledger import TimeLedger
 from pairclip_fast.telemetry.timing import StepMeter, peak_tflops, words_for_seconds
 from pairclip_fast.train import compiling, precision
 from pairclip_fast.train.device import Placement, choose_device
@@ -379,14 +380,18 @@ def test_one_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_meter_reads_rates_and_survives_a_clock_that_stands_still() -> None:
-    now, waited = [0.0], [0.0]
-    meter = StepMeter(waited=lambda: waited[0], clock=lambda: now[0])
+    now = [0.0]
+    ledger = TimeLedger(mark=lambda: now[0])
+    meter = StepMeter(ledger, clock=lambda: now[0])
+    for phase, until in (("evaluation", 2.0), ("wait", 2.5), ("backward", 4.0)):
+        now[0] = until
+        ledger.lap(phase)  # type: ignore[arg-type]
     for _ in range(4):
         meter.count(8)
-    now[0], waited[0] = 2.0, 0.5
     assert meter.due
     rates = meter.read()
-    assert (rates.steps, rates.pairs_per_second, rates.data_wait_fraction) == (4, 16.0, 0.25)
+    assert (rates.steps, rates.pairs_per_second, rates.data_wait_fraction) == (4, 16.0, 0.25), "the evaluation is no part of it"
+    assert rates.time_s == {"evaluation": 2.0, "wait": 0.5, "backward": 1.5}
     assert not meter.due
     assert meter.read().pairs_per_second == 0.0
 

@@ -3,7 +3,8 @@
 The order of the samples and every parameter are fed in, so the stream equals that of the other backends; DALI's own
 readers repeat and drop samples in their obvious configuration, and its random numbers depend on the batch size. Records
 come from the mapped shards by `external_source` and not from DALI's reader with an index file written from the plan: that
-needs a new pipeline every epoch (90 ms), cannot pair tiles of different samples, and saves nothing that can be measured.
+needs a new pipeline every epoch, cannot pair tiles of different samples, opens a file per run of the index (a permutation
+of 45,000 pairs in 9 shards ended with "Too many open files"), and took 13.6 against 6.3 us of CPU time per raw pair.
 One batch is run at a time, because the loader's thread already runs ahead of the consumer: nothing is left in the pipeline
 when an epoch is broken off. After an error the pipeline is built anew, since DALI calls it invalid from then on.
 """

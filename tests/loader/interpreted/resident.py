@@ -22,6 +22,7 @@ from augment_oracle import MEAN, STD, oracle
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends import resident, triton_tiles
 from pairclip_fast.data.backends.reference import ReferenceExecutor
+from pairclip_fast.data.bad_records import BadRecords
 from pairclip_fast.data.loader import PlannedLoader
 from pairclip_fast.data.parameters import PARTNER, Draw, own_tiles
 from pairclip_fast.data.plan import Plan
@@ -79,7 +80,7 @@ def test_parameters_are_numpys_bit_for_bit(seed: int, alternating: bool, partner
     augment = dataclasses.replace(FULL, flip_probability=0.5, alternating_flip=alternating)
     ids = np.array([0, 1, 2, 12_345, 99_999, 2**31 - 1, 2**31 + 5, 2**32 - 1])
     sources = np.concatenate([np.arange(12), [100_000, 2**31, 2**32, 2**33 - 1]]).reshape(8, 2)
-    for epoch in (0, 3, 2**20):
+    for epoch in (3, 2**20):
         draw = Draw(ids=ids, sources=sources, tile_size=(24, 40), seed=seed, epoch=epoch, augment=augment, partner=partner)
         table = torch.zeros(8, 2, 10)
         record[(1,)](
@@ -98,7 +99,8 @@ def test_parameters_are_numpys_bit_for_bit(seed: int, alternating: bool, partner
 def test_pictures_equal_the_oracle(name: str, shape: tuple[int, int, int], partner: bool) -> None:
     (tiles, height, width), augment = shape, CONFIGS[name]
     pixels = np.random.default_rng(0).integers(0, 256, (5 * tiles, height, width, 3), dtype=np.uint8)
-    sources, ids = np.random.default_rng(1).integers(0, 5 * tiles, (2, tiles)), np.array([3, 4])
+    rows = 2 if partner else 1  # a program takes the interpreter 50 ms and more
+    sources, ids = np.random.default_rng(1).integers(0, 5 * tiles, (rows, tiles)), np.array([3, 4])[:rows]
     draw = Draw(ids=ids, sources=sources, tile_size=(height, width), seed=5, epoch=2, augment=augment, partner=partner)
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     where = {"epoch": 2, "seed": 5, "partner": partner, "augment": augment, "mean": MEAN, "std": STD}
@@ -140,7 +142,8 @@ def test_a_whole_epoch_is_that_of_the_reference(folder: Path, events: EventLog) 
         reader = ShardReader(folder, "train")
         executor = make(reader, augment=MIXED, device=CPU, events=events)
         plan = Plan(num_samples=len(reader), batch_size=4, seed=5, drop_last=False)
-        loaders.append(PlannedLoader(executor, reader=reader, plan=plan, augment=MIXED, device=CPU))
+        bad_records = BadRecords(reader, policy="raise", events=events)
+        loaders.append(PlannedLoader(executor, reader=reader, plan=plan, augment=MIXED, device=CPU, bad_records=bad_records))
     assert [loader.backend for loader in loaders] == ["reference", "resident"]
     assert events.fallbacks == []
     spread = torch.tensor(STD).view(3, 1, 1)

@@ -1,0 +1,188 @@
+"""The memory ledger: exact where tensors can be counted, measured beside it, and silent (not zero) where nothing is known."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pairclip_fast.events import read_events
+from pairclip_fast.telemetry import memory, timing
+from pairclip_fast.telemetry.memory import GIB, MemoryReading, host_memory, host_pss, host_reading
+from pairclip_fast.telemetry.memory_ledger import MemoryLedger, explained_peak
+from pairclip_fast.train import planning
+from pairclip_fast.train.accounting import optimizer_bytes, tensors_of, unique_bytes
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.optimizer import build_optimizer
+from pairclip_fast.train.options import TrainOptions
+
+MIB = 2**20
+CLOSE = 0.02
+
+
+class Readings:
+    """A device that holds what the test says."""
+
+    def __init__(self) -> None:
+        self.allocated: int | None = 0
+        self.peak = 0
+        self.forgotten = 0
+
+    def read(self) -> MemoryReading:
+        if self.allocated is not None:
+            self.peak = max(self.peak, self.allocated)
+        return MemoryReading(allocated=self.allocated, reserved=self.allocated, peak=self.peak)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        self.peak = 0
+
+
+def first_epoch(ledger: MemoryLedger, device: Readings, *, sizes: dict[str, int]) -> None:
+    """Walk through the points with these sizes."""
+    assert device.allocated is not None
+    device.allocated += sizes["model"]
+    ledger.note("model")
+    ledger.note("ready")
+    for phase, change in (
+        ("copy", sizes["loader"]),
+        ("forward", sizes["activations"] // 2),
+        ("loss", sizes["activations"] - sizes["activations"] // 2),
+        ("backward", sizes["gradients"] - sizes["activations"]),
+        ("optimizer", sizes["optimizer"]),
+        ("copy", 1000),  # a later step is not the first
+        ("loss", 1000),
+    ):
+        device.allocated += change
+        ledger.note_lap(phase)  # type: ignore[arg-type]
+    ledger.note("training")
+
+
+SIZES = {"model": 100, "loader": 7, "activations": 500, "gradients": 90, "optimizer": 180}
+
+
+def test_rows_are_the_growth_of_the_first_step() -> None:
+    device = Readings()
+    device.allocated = 40
+    ledger = MemoryLedger(read=device.read, forget_peak=device.forget)
+    first_epoch(ledger, device, sizes=SIZES)
+    rows = {row.item: row for row in ledger.rows({**SIZES, "activations": 450})}
+    assert {item: row.measured for item, row in rows.items()} == {"process": 40} | SIZES
+    assert rows["activations"].unexplained == 50
+    assert rows["gradients"].unexplained == 0
+    assert rows["process"].unexplained is None
+    assert device.forgotten == 1, "the peak of planning is not the training's"
+    told = ledger.to_json(SIZES)
+    assert told["explained_gib"] * GIB == 40 + 100 + 7 + 180 + 500
+    assert told["unexplained_gib"] == told["peak_gib"] - told["explained_gib"]
+
+
+def test_laps_before_the_first_step_are_no_points() -> None:
+    device = Readings()
+    ledger = MemoryLedger(read=device.read, forget_peak=device.forget)
+    ledger.note_lap("loss")  # the probe's
+    assert set(ledger.points) == {"start"}
+
+
+def test_what_cannot_be_read_is_empty_and_not_zero() -> None:
+    device = Readings()
+    device.allocated = None
+    ledger = MemoryLedger(read=device.read, forget_peak=device.forget)
+    for point in ("model", "ready", "copy", "loss", "backward", "optimizer", "training"):
+        ledger.note(point)  # type: ignore[arg-type]
+    assert {row.measured for row in ledger.rows(SIZES)} == {None}
+    told = ledger.to_json(SIZES)
+    assert told["explained_gib"] is None
+    assert told["unexplained_gib"] is None
+    assert all(row["unexplained_gib"] is None for row in told["rows"])
+
+
+def test_gradients_count_where_they_outweigh_the_activations() -> None:
+    assert explained_peak(10, {"activations": 5, "gradients": 8, "optimizer": 2}) == 20
+    assert explained_peak(None, {"activations": 5}) is None
+
+
+def test_the_host_counts_allocations_and_frees() -> None:
+    gc.collect()
+    if host_reading().allocated is None:
+        pytest.skip("no mallinfo2: not glibc 2.33 or later")
+    errors = []
+    for _ in range(5):  # threads of other tests may allocate in between
+        before = host_reading()
+        block = torch.ones(16 * MIB)
+        during = host_reading()
+        del block
+        after = host_reading()
+        assert before.allocated is not None
+        assert during.allocated is not None
+        assert after.allocated is not None
+        errors.append(max(abs(during.allocated - before.allocated - 64 * MIB), abs(after.allocated - before.allocated)))
+    assert min(errors) < CLOSE * 64 * MIB
+    assert during.peak is not None
+    assert during.reserved is not None
+    assert during.peak >= during.reserved > 0
+
+
+def test_pss_is_at_most_the_resident_memory() -> None:
+    pss, reading = host_pss(), host_reading()
+    assert pss is not None
+    assert reading.reserved is not None
+    assert 0 < pss <= 1.05 * reading.reserved
+
+
+def test_no_kernel_files_no_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STATUS", "CLEAR_REFS", "SMAPS_ROLLUP"):
+        monkeypatch.setattr(memory, name, tmp_path / "nowhere" / name)
+    assert (host_reading().reserved, host_reading().peak, host_pss(), memory.reset_host_peak()) == (None, None, None, False)
+    assert set(host_memory()) == {"rss_gib"}
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
+def test_optimizer_state_is_counted_before_it_exists(kind: Any) -> None:
+    from pairclip_fast.config import OptimizerConfig
+
+    module = nn.ModuleDict({"stem": nn.Linear(30, 40), "blocks": nn.ModuleList([nn.Linear(40, 50)])})
+    wrapped = nn.ModuleDict({"encoder": module})
+    optimizer = build_optimizer(wrapped, config=OptimizerConfig(kind=kind))
+    expected = optimizer_bytes(optimizer)
+    for parameter in wrapped.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = sum(value.nbytes for entry in optimizer.state.values() for key, value in entry.items() if key != "step")
+    assert state == expected
+
+
+def test_a_shared_storage_counts_once() -> None:
+    module = nn.Linear(10, 10, bias=False)
+    twin = nn.Linear(10, 10, bias=False)
+    twin.weight = module.weight
+    module.bank = torch.zeros(5)  # type: ignore[assignment]
+    assert unique_bytes([*tensors_of(module), *tensors_of(twin), module.weight.T]) == 400 + 20
+
+
+@pytest.fixture
+def told(data: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The `memory` event of a run with a model large enough to be measured."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
+    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
+    changes = {"model.width": 512, "model.mlp_width": 4096, "model.patch_size": 8, "train.epochs": 2}
+    run_train(TrainOptions(data=data, out=tmp_path / "run", config=write_config(tmp_path, changes)))
+    events = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "memory"]
+    assert len(events) == 1, "once per attempt"
+    return dict(events[0])
+
+
+def test_a_run_on_a_cpu_is_explained(told: dict[str, Any]) -> None:
+    rows = {row["item"]: row for row in told["rows"]}
+    assert told["device"] == "cpu"
+    for item in ("gradients", "optimizer"):
+        assert rows[item]["measured_gib"] == pytest.approx(rows[item]["counted_gib"], rel=0.15), item
+    assert rows["activations"]["measured_gib"] == pytest.approx(rows["activations"]["counted_gib"], rel=0.3)
+    assert 0 < rows["process"]["measured_gib"] <= told["peak_gib"] <= told["peak_with_evaluation_gib"]
+    assert told["explained_gib"] == pytest.approx(told["peak_gib"], rel=0.15)
+    assert told["unexplained_gib"] == pytest.approx(told["peak_gib"] - told["explained_gib"])
