@@ -28,21 +28,27 @@ PAIRCLIP_INLINE __mmask16 inside(Ints at, int side) {
   return _mm512_cmplt_epu32_mask(reinterpret_cast<__m512i>(at), _mm512_set1_epi32(side));
 }
 
-// Looks the taps of 16 positions up: `column` and `next` are pixels of a row, `row` counts from the axis' low end, and `places`
-// says where in the table each row is.
-PAIRCLIP_INLINE Taps look_up(const std::uint32_t* table, const std::uint32_t* places, Ints row, Ints column, Ints next,
-                             int count) {
-  std::int32_t ends[kLanes];
-  store(ends, row);
-  const int first = ends[0] < ends[kLanes - 1] ? ends[0] : ends[kLanes - 1];  // rows rise or fall from lane to lane
-  const __m512i left = reinterpret_cast<__m512i>(column), right = reinterpret_cast<__m512i>(next);
+// Where the 16 pixels of an output vector come from.
+struct Place {
+  Ints row, column, next;  // `row` counts from the axis' low end; `column` and `next` are the pixels of the left and right taps
+  Floats left, right, below;  // weights of the left and right taps, and of the lower row
+  int first;                  // the topmost row
+};
+
+// Places and pixels are computed in turns of a few vectors: within one vector everything waits for what was before it, but
+// the vectors of a turn do not wait for each other.
+constexpr int kTurn = 8;
+
+// Looks taps up; `places` says where in the table each row is.
+PAIRCLIP_INLINE Taps look_up(const std::uint32_t* table, const std::uint32_t* places, const Place& place, int count) {
+  const __m512i left = reinterpret_cast<__m512i>(place.column), right = reinterpret_cast<__m512i>(place.next);
   __m512i taps[4] = {};
   __mmask16 above = 0;
   for (int k = 0; k < count; ++k) {
-    const std::uint32_t* const words = table + places[first + k];
+    const std::uint32_t* const words = table + places[place.first + k];
     const __m512i low = _mm512_load_si512(words), high = _mm512_load_si512(words + kLanes);
     const __m512i lefts = _mm512_permutex2var_epi32(low, left, high), rights = _mm512_permutex2var_epi32(low, right, high);
-    const __mmask16 here = _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(row), _mm512_set1_epi32(first + k));
+    const __mmask16 here = _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(place.row), _mm512_set1_epi32(place.first + k));
     taps[0] = _mm512_mask_mov_epi32(taps[0], here, lefts);
     taps[1] = _mm512_mask_mov_epi32(taps[1], here, rights);
     taps[2] = _mm512_mask_mov_epi32(taps[2], above, lefts);
@@ -51,6 +57,29 @@ PAIRCLIP_INLINE Taps look_up(const std::uint32_t* table, const std::uint32_t* pl
   }
   return {reinterpret_cast<Words>(taps[0]), reinterpret_cast<Words>(taps[1]), reinterpret_cast<Words>(taps[2]),
           reinterpret_cast<Words>(taps[3])};
+}
+
+template <bool kReflect>
+PAIRCLIP_INLINE void find_place(Floats x, Floats y, const Axis& across, const Axis& down, Place* place) {
+  const Floats at_x = smaller(larger(x, Floats{}), spread(across.reach)), at_y = smaller(larger(y, Floats{}), spread(down.reach));
+  const Ints steps = truncated(at_x);
+  const Floats fraction = at_x - to_floats(steps);
+  place->row = truncated(at_y);
+  place->below = at_y - to_floats(place->row);
+  const Ints column = steps + across.low, next = column + 1;
+  if constexpr (kReflect) {
+    place->column = mirrored(column, across.side);
+    place->next = mirrored(next, across.side);
+    place->left = 1.0f - fraction;
+    place->right = fraction;
+  } else {
+    place->column = column;
+    place->next = next;
+    place->left = weighed(inside(column, across.side), 1.0f - fraction);
+    place->right = weighed(inside(next, across.side), fraction);
+  }
+  const int first = place->row[0], last = place->row[kLanes - 1];  // rows rise or fall from lane to lane
+  place->first = first < last ? first : last;
 }
 
 template <bool kBf16, bool kRecoloured, bool kReflect>
@@ -78,23 +107,17 @@ static void rotate_rows_with(const TileJob& job, std::uint32_t* table) {
     const int count = width - x < kLanes ? width - x : kLanes;
     const Floats dx = (ramp() + (static_cast<float>(x) - middle_x)) * (job.flip ? -1.0f : 1.0f) - job.moved_x;
     const Floats from_x = dx * job.cosine + across.centre, from_y = dx * job.sine + down.centre;
-    for (int y = 0; y < height; ++y) {
-      const float dy = static_cast<float>(y) - middle_y - job.moved_y;
-      const Floats at_x = smaller(larger(from_x - job.sine * dy, Floats{}), spread(across.reach));
-      const Floats at_y = smaller(larger(from_y + job.cosine * dy, Floats{}), spread(down.reach));
-      const Ints steps = truncated(at_x), row = truncated(at_y);
-      const Floats fraction = at_x - to_floats(steps);
-      Ints column = steps + across.low, next = column + 1;
-      Floats left = 1.0f - fraction, right = fraction;
-      if constexpr (kReflect) {
-        column = mirrored(column, width);
-        next = mirrored(next, width);
-      } else {
-        left = weighed(inside(column, width), left);
-        right = weighed(inside(next, width), right);
+    for (int y = 0; y < height; y += kTurn) {
+      const int turn = height - y < kTurn ? height - y : kTurn;
+      Place found[kTurn];
+      for (int k = 0; k < turn; ++k) {
+        const float dy = static_cast<float>(y + k) - middle_y - job.moved_y;
+        find_place<kReflect>(from_x - job.sine * dy, from_y + job.cosine * dy, across, down, found + k);
       }
-      const Taps taps = look_up(table, places, row, column, next, rows_met);
-      writer.write(blended(taps, left, right, at_y - to_floats(row)), y, x, count);
+      for (int k = 0; k < turn; ++k) {
+        const Taps taps = look_up(table, places, found[k], rows_met);
+        writer.write(blended(taps, found[k].left, found[k].right, found[k].below), y + k, x, count);
+      }
     }
   }
 }

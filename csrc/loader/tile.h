@@ -53,6 +53,7 @@ struct TileJob {
   float gain[3], grey[3], offset[3], low[3], high[3];
 };
 
+// A kernel may write past the cache: a full fence has to follow before other threads read.
 using TileKernel = void (*)(const TileJob& job, std::uint32_t* scratch);
 
 // Words of scratch memory that a kernel needs, and the alignment it wants.

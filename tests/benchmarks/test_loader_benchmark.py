@@ -49,6 +49,7 @@ def test_a_rung_of_ours_is_measured_and_told(
     assert benchmark.main([*words, "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]) == 0
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert {row["rung"] for row in rows} == {"full"}
+    assert rows.pop(0)["loader"] == "reading alone"
     assert {row["encoding"] for row in rows} == {"raw", "png", "jpeg"}
     assert all(row["unique_ids"] == [256, 256] and row["cpu_us_per_pair"] > 0.0 for row in rows)
     assert all(row["largest_difference"] <= 8.0 for row in rows)
