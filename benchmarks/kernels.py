@@ -30,6 +30,7 @@ from kernel_plot import draw_curve
 from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.kernels import ops
 from pairclip_fast.native import native
+from pairclip_fast.telemetry.memory import reset_host_peak
 
 ROWS, CAPTIONS, DIM, LOSS_ROWS = 10_000, 10_000, 512, 4_096
 CURVE_ROWS = 128
@@ -71,7 +72,7 @@ def extra_memory(call: Any) -> float | None:
     """Peak memory of a call beyond what there was before, results included, in MiB."""
     gc.collect()
     give_back_memory()
-    if not timing.reset_peak_rss():
+    if not reset_host_peak():
         return None
     before = timing.peak_rss_gib()
     call()

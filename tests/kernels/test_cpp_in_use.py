@@ -17,6 +17,7 @@ from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.kernels import choice, cpp, ops, portable
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.native import native
+from pairclip_fast.telemetry.memory import reset_host_peak
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(native().module is None, reason=native().reason)
@@ -90,12 +91,12 @@ def test_sizes_are_checked_before_memory_is_touched() -> None:
 
 
 @built
-@pytest.mark.skipif(not timing.reset_peak_rss(), reason="the kernel does not let a process reset its peak memory")
+@pytest.mark.skipif(not reset_host_peak(), reason="the kernel does not let a process reset its peak memory")
 @pytest.mark.parametrize(("captions", "dim"), [(4_000, 512), (100_000, 32)])
 def test_memory_is_bounded_and_does_not_grow_with_the_bank(captions: int, dim: int) -> None:
     """At most 24 MB beside the output for 4,096 rows; the scores alone would be 66 MB, or 1.6 GB."""
     emb, bank = unit(4096, dim, seed=0), unit(captions, dim, seed=1)
-    timing.reset_peak_rss()
+    reset_host_peak()
     before = timing.peak_rss_gib()
     _, mean = ops.bank_softmax(emb, bank, torch.tensor(20.0))
     assert (timing.peak_rss_gib() - before) * 2**30 <= 24e6 + mean.numel() * mean.element_size()
