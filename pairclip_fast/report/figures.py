@@ -17,11 +17,14 @@ SMOOTH_SHARE = 40
 LARGEST_LOGIT_SCALE = 10.0
 """In log space; the loss clamps it at ln 100, so only nonsense is cut."""
 MEMORY_NAMES = {
+    "cuda_allocated_gib": "GPU, tensors",
+    "cuda_reserved_gib": "GPU, torch",
+    "nvml_used_gib": "GPU, all",
     "rss_gib": "process",
     "peak_rss_gib": "process, peak",
-    "cuda_allocated_gib": "GPU, allocated",
-    "cuda_peak_gib": "GPU, peak",
+    "cuda_peak_gib": "GPU, tensors at peak",
 }
+"""By what they say; the figure has room for the first four that a run has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,7 @@ class Figure:
 
 def curves(run: Run) -> list[Figure]:
     """The curves of the training, those that the run has values for."""
-    steps = run.measured("step")
-    at = samples_at(run, [event["step"] for event in steps])
+    steps, at = run.measured("step"), positions(run)
     scale = np.exp(np.minimum(series(steps, "logit_scale"), LARGEST_LOGIT_SCALE))
     resumes = [number(event.get("resumed_step")) for event in run.of_kind("run_started")]
     resumed = tuple(samples_at(run, [int(step) for step in resumes if step > 0]).tolist())
@@ -71,6 +73,11 @@ def curves(run: Run) -> list[Figure]:
         _memory(at, steps),
     ]
     return [figure for figure in found if figure is not None]
+
+
+def positions(run: Run) -> np.ndarray:
+    """Pairs seen at each logged step."""
+    return samples_at(run, [event["step"] for event in run.measured("step")])
 
 
 def recall_curve(evaluations: list[Evaluation]) -> Figure | None:

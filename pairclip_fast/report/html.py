@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pairclip_fast.report import classes, figures, gallery, history, results
+from pairclip_fast.report import classes, costs, figures, gallery, history, results
 from pairclip_fast.report.data import Run, number, series
 from pairclip_fast.report.words import shown
 
@@ -52,6 +52,10 @@ def _context(run: Run) -> dict[str, Any]:
         "headline": results.headline(run),
         "glance": glance(run),
         "curves": figures.curves(run),
+        "time_rows": costs.time_rows(run),
+        "time_figure": costs.time_figure(run, figures.positions(run)),
+        "advice": costs.advice(run),
+        "memory_rows": costs.memory_rows(run),
         "recall": figures.recall_curve(evaluations),
         "splits": [(shown(evaluation.split, limit=40), evaluation.origin) for evaluation in evaluations],
         "metric_rows": results.metric_rows(evaluations),

@@ -16,6 +16,8 @@ from pairclip_fast.events import EventLog
 
 AMPERE = (8, 0)
 """First compute capability with bfloat16 tensor cores."""
+VOLTA = (7, 0)
+"""First compute capability with tensor cores; before it, most cards compute float16 at 1/64 of float32's rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Precision:
 def choose_precision(device: torch.device, *, amp: bool, events: EventLog) -> Precision:
     """The fastest format that `device` computes natively, if `amp` asks for it.
 
-    CUDA: bf16 from compute capability 8.0 on, else fp16 with loss scaling. CPU: bf16 with AVX-512 BF16 or AMX
+    CUDA: bf16 from compute capability 8.0 on, fp16 with loss scaling from 7.0 on, else fp32. CPU: bf16 with AVX-512 BF16 or AMX
     instructions, else fp32 with a fallback event.
     """
     if not amp:
@@ -52,6 +54,9 @@ def choose_precision(device: torch.device, *, amp: bool, events: EventLog) -> Pr
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         words = f"compute capability {capability[0]}.{capability[1]}"
+        if capability < VOLTA:
+            events.fallback("--amp", chosen="fp32", reason=f"no tensor cores, and slow float16 ({words})")
+            return Precision("fp32", "cuda", f"no tensor cores ({words})")
         if capability >= AMPERE and torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision("bf16", "cuda", words)
         events.fallback("--amp", chosen="fp16 with loss scaling", reason=f"no bfloat16 tensor cores ({words})")

@@ -21,6 +21,20 @@ COLOURS = {"red": (201, 60, 48), "blue": (52, 96, 190), "green": (58, 140, 74), 
 SHAPES = ("disc", "square", "ring", "cross", "stripe")
 
 
+MEMORY = {
+    "rows": [
+        {"item": "process", "counted_gib": None, "measured_gib": 0.7, "unexplained_gib": None},
+        {"item": "model", "counted_gib": 0.09, "measured_gib": 0.1, "unexplained_gib": 0.01},
+        {"item": "activations", "counted_gib": 0.5, "measured_gib": 0.52, "unexplained_gib": 0.02},
+    ],
+    "peak_gib": 1.7,
+    "peak_with_evaluation_gib": 1.75,
+    "explained_gib": 1.5,
+    "unexplained_gib": 0.2,
+}
+"""What a run tells of its memory after its first epoch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeRun:
     """What the folder is to contain."""
@@ -122,7 +136,11 @@ def events(options: FakeRun, config: dict[str, Any]) -> list[dict[str, Any]]:
                 pflop=step * 256 * flops / 1e15,
                 eta_s=(total - step) * 0.21,
                 memory={"rss_gib": 1.4 + 0.2 * (1 - math.exp(-9 * done)), "peak_rss_gib": 1.7},
+                time_s={"wait": 0.02, "forward": 0.6, "backward": 1.2, "optimizer": 0.2, "telemetry": 0.001},
+                fill_s=0.7,
             )
+            if step == options.steps_per_epoch:
+                emit("memory", attempt, device="cpu", **MEMORY)
             if step % options.steps_per_epoch == 0:
                 quality = 1 - math.exp(-3.0 * done)
                 metrics = {"split": "val", "num_pairs": 2000, "num_captions": captions, "top1": 0.44 * quality**1.6}
@@ -144,7 +162,17 @@ def events(options: FakeRun, config: dict[str, Any]) -> list[dict[str, Any]]:
     attempt_steps(attempt, cut, total)
     if options.finished:
         best = {"step": total, "top1": 0.43}
-        emit("finished", attempt, step=total, reason="epochs", best=best, seconds=total * 0.21, pflop=total * 256 * flops / 1e15)
+        emit(
+            "finished",
+            attempt,
+            step=total,
+            reason="epochs",
+            best=best,
+            time_s={"evaluation": 3.0},
+            telemetry_share=0.0005,
+            seconds=total * 0.21,
+            pflop=total * 256 * flops / 1e15,
+        )
     return found
 
 

@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairclip_fast.report import costs
 from pairclip_fast.report.classes import confusions, side_results
-from pairclip_fast.report.data import Evaluation, number, read_run, samples_at
+from pairclip_fast.report.data import Evaluation, Run, number, read_run, samples_at
 from pairclip_fast.report.figures import recall_curve
 from pairclip_fast.report.history import duration, facts, utc
 from pairclip_fast.report.plots import Line, Plot, _apart, render, smooth, thin
 from pairclip_fast.report.results import chance, metric_rows, percent, standard_error
 
 NAMES = ["a", "b", "c"]
+MakeRun = Callable[..., Path]
 
 
 def evaluation(**arrays: np.ndarray) -> Evaluation:
@@ -169,3 +171,32 @@ def test_times_and_facts() -> None:
     table = {"a": {"b": 1, "c": {}}, "d": [1, 2.5], "e": [{"f": True}], "g": None}
     assert facts(table) == [("a.b", "1"), ("a.c", "-"), ("d", "1, 2.5"), ("e[0].f", "yes"), ("g", "-")]
     assert len(facts({str(index): index for index in range(5_000)})) < 500
+
+
+def test_the_ledgers_are_added_up_over_the_log(fake_run: MakeRun) -> None:
+    run = read_run(fake_run(epochs=2, resumed=False, finished=True))
+    steps = len(run.measured("step"))
+    seconds = costs.phase_seconds(run)
+    assert seconds["backward"] == pytest.approx(1.2 * steps)
+    assert seconds["evaluation"] == 3.0
+    assert next(iter(seconds)) == "backward"
+    rows = costs.time_rows(run)
+    assert rows[-1].phase == costs.BACKGROUND
+    assert rows[-1].share == "", "it passes beside the others"
+    shares = [float(row.share.rstrip(" %")) for row in rows[:-1]]
+    assert sum(shares) == pytest.approx(100.0, abs=0.5)
+    assert "Bottleneck: backward" in costs.advice(run)
+    assert "0.05" in costs.advice(run)
+
+
+def test_the_memory_ledger_has_empty_cells_for_what_is_not_known(fake_run: MakeRun) -> None:
+    rows = costs.memory_rows(read_run(fake_run(epochs=1, resumed=False, finished=True)))
+    assert [row.item for row in rows] == ["process", "model", "activations", "peak of training", "peak with evaluation"]
+    assert (rows[0].counted, rows[0].measured, rows[0].unexplained) == ("", "717 MiB", "")
+    assert (rows[3].counted, rows[3].measured, rows[3].unexplained) == ("1.50 GiB", "1.70 GiB", "205 MiB")
+
+
+def test_a_run_without_ledgers_says_nothing_about_them() -> None:
+    run = Run("old", {}, {}, {}, {}, [{"event": "step", "step": 1, "loss": 1.0}], 0, {}, [])
+    assert (costs.time_rows(run), costs.memory_rows(run), costs.advice(run)) == ([], [], "")
+    assert costs.time_figure(run, np.zeros(1)) is None

@@ -21,7 +21,7 @@ from pairclip_fast.report.data import read_run
 MakeRun = Callable[..., Path]
 Whole = tuple["Page", str, dict[str, Any]]
 SIZE_LIMIT_BYTES = 5_000_000
-SECTIONS = ["Results", "Curves", "Classes", "Gallery", "Attention", "History", "Setup"]
+SECTIONS = ["Results", "Curves", "Time and memory", "Classes", "Gallery", "Attention", "History", "Setup"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -108,6 +108,7 @@ def test_a_whole_run_has_every_section_and_needs_nothing_else(whole: Whole) -> N
         "Pairs per second",
         "Waiting for data (%)",
         "Memory (GiB)",
+        "Where the time went (%)",
     ):
         assert title in figures
     assert summary["state"] == "finished"
@@ -201,7 +202,7 @@ def test_a_run_that_has_only_begun(fake_run: MakeRun) -> None:
 
 def test_a_run_without_pictures(fake_run: MakeRun) -> None:
     page, _, _ = write_report(fake_run(pictures=False, splits=("val",)))
-    assert [text for tag, text in page.headings if tag == "h2"] == ["Results", "Curves", "Classes", "History", "Setup"]
+    assert [text for tag, text in page.headings if tag == "h2"] == ["Results", "Curves", "Time and memory", "Classes", "History", "Setup"]
     assert not [tag for tag, _ in page.tags if tag == "img"]
 
 
@@ -294,7 +295,7 @@ def test_pickled_arrays_are_not_unpickled(fake_run: MakeRun, tmp_path: Path) -> 
 def test_values_of_wrong_types_everywhere(fake_run: MakeRun) -> None:
     run = fake_run(epochs=1, resumed=False, splits=("val",))
     odd: list[Any] = [None, "x", [], {}, True, -1, 1e308, 10**400, float("nan")]
-    kinds = ("run_started", "step", "eval", "checkpoint", "signal", "finished", "fallback", "note", "unknown", "numerics")
+    kinds = ("run_started", "memory", "step", "eval", "checkpoint", "signal", "finished", "fallback", "note", "unknown", "numerics")
     keys = (
         "time",
         "attempt",
@@ -310,6 +311,11 @@ def test_values_of_wrong_types_everywhere(fake_run: MakeRun) -> None:
         "samples_seen",
         "reason",
         "message",
+        "time_s",
+        "fill_s",
+        "telemetry_share",
+        "rows",
+        "peak_gib",
     )
     with (run / "events.jsonl").open("a") as log:
         for kind in kinds:  # the last beginning comes before all measurements, else it would supersede them

@@ -252,7 +252,8 @@ def test_bfloat16_autocast_trains_to_about_the_same_losses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "native", "expected"), [((7, 5), True, "fp16"), ((7, 0), False, "fp16"), ((8, 0), True, "bf16"), ((9, 0), True, "bf16")]
+    ("capability", "native", "expected"),
+    [((6, 1), True, "fp32"), ((7, 5), True, "fp16"), ((7, 0), False, "fp16"), ((8, 0), True, "bf16"), ((9, 0), True, "bf16")],
 )
 def test_cuda_takes_bfloat16_only_where_it_is_native(
     monkeypatch: pytest.MonkeyPatch, events: EventLog, capability: tuple[int, int], native: bool, expected: str
@@ -262,7 +263,8 @@ def test_cuda_takes_bfloat16_only_where_it_is_native(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     chosen = choose_precision(torch.device("cuda", 0), amp=True, events=events)
     assert chosen.name == expected
-    assert [event["chosen"] for event in events.fallbacks] == (["fp16 with loss scaling"] if expected == "fp16" else [])
+    said = {"fp16": ["fp16 with loss scaling"], "fp32": ["fp32"], "bf16": []}
+    assert [event["chosen"] for event in events.fallbacks] == said[expected]
     assert choose_precision(torch.device("cuda", 0), amp=False, events=events).name == "fp32"
 
 
