@@ -38,7 +38,7 @@ BENCH_PAIRS = 8_192
 """Pairs of the generated folder: 32 steps of the largest preset batch, 50 MB."""
 REPORT_BATCH = 32
 """Batch size of the report's recommended machines."""
-TOTAL_SECONDS = 110.0
+TOTAL_SECONDS = 100.0
 """Aim for all rows together, the preparation included."""
 PREPARATION_SECONDS = 25.0
 EXIT_INTERRUPTED = 130
@@ -158,37 +158,48 @@ def publish(rows: list[EpochRow], asked: argparse.Namespace, *, missing_gpu: boo
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Plan, measure, print, record; the exit codes are those of `pairclip-fast`."""
+    """Plan, measure (or read records), print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words), EventLog()
     keep_freed_memory()  # as the command line does
-    if asked.merge:
-        return show_merged(asked)
-    done: list[EpochRow] = []
+    rows: list[EpochRow] = []
     code, cuda = 0, False
     try:
-        cuda = has_cuda()
-        rows = plan_rows(asked, cuda=cuda)
-        say_plan(rows, full=asked.full, cuda=cuda, events=events)
-        measure(rows, full=asked.full, done=done, events=events)
+        if asked.merge:
+            code, cuda = read_records(asked.merge, rows)
+        else:
+            cuda = has_cuda()
+            plan = plan_rows(asked, cuda=cuda)
+            say_plan(plan, full=asked.full, cuda=cuda, events=events)
+            measure(plan, full=asked.full, done=rows, events=events)
     except PairclipError as error:
-        sys.stderr.write(f"epoch_time.py: {printable(error)}\n")
-        code = error.exit_code
+        code = tell(error)
     except KeyboardInterrupt:
         events.say("interrupted; what was finished:")
         code = EXIT_INTERRUPTED
-    if done:
-        publish(done, asked, missing_gpu=not cuda)
+    try:
+        if rows:
+            publish(rows, asked, missing_gpu=not cuda)
+    except PairclipError as error:
+        code = tell(error)
     return code
 
 
-def show_merged(asked: argparse.Namespace) -> int:
-    """One table of the records of many machines; a record that cannot be believed is named and left out."""
-    rows, refused = merge(asked.merge)
-    for error in refused:
-        sys.stderr.write(f"epoch_time.py: {printable(error)}\n")
-    if rows:
-        publish(rows, asked, missing_gpu=all(row.device == "cpu" for row in rows))
-    return refused[0].exit_code if refused else 0
+def read_records(paths: Sequence[Path], rows: list[EpochRow]) -> tuple[int, bool]:
+    """Add the rows of records of many machines; one that cannot be believed is named and left out.
+
+    Returns:
+        The exit code, and whether a GPU is among the machines.
+    """
+    found, refused = merge(paths)
+    rows += found
+    code = max((tell(error) for error in refused), default=0)
+    return code, any(row.device == "cuda" for row in rows)
+
+
+def tell(error: PairclipError) -> int:
+    """Say what is wrong; its exit code."""
+    sys.stderr.write(f"epoch_time.py: {printable(error)}\n")
+    return error.exit_code
 
 
 def has_cuda() -> bool:

@@ -321,3 +321,14 @@ def test_options_that_do_not_go_together(words: list[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         epoch_time.main(words)
     assert leaving.value.code == 2
+
+
+def test_a_table_that_cannot_be_written_is_said_and_not_a_traceback(
+    send: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--merge", str(send("one.json", record(row()))), "--plot", str(tmp_path / "file" / "rates.svg")]
+    assert epoch_time.main(words) == 8
+    said = capsys.readouterr()
+    assert "Measured" in said.out, "what was printed stays"
+    assert "epoch_time.py:" in said.err

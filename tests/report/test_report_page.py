@@ -202,7 +202,7 @@ def test_a_run_that_has_only_begun(fake_run: MakeRun) -> None:
 
 def test_a_run_without_pictures(fake_run: MakeRun) -> None:
     page, _, _ = write_report(fake_run(pictures=False, splits=("val",)))
-    assert [text for tag, text in page.headings if tag == "h2"] == ["Results", "Curves", "Classes", "History", "Setup"]
+    assert [text for tag, text in page.headings if tag == "h2"] == ["Results", "Curves", "Time and memory", "Classes", "History", "Setup"]
     assert not [tag for tag, _ in page.tags if tag == "img"]
 
 
