@@ -57,7 +57,7 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
     started = [event for event in events if event["event"] == "run_started"][-1]
     finished = [event for event in events if event["event"] == "finished"][-1]
     plan = started["plan"]
-    curve = [point(event, plan=plan, batch_size=started["config"]["train"]["batch_size"]) for event in events if event["event"] == "eval"]
+    curve = [point(event, batch_size=started["config"]["train"]["batch_size"]) for event in events if event["event"] == "eval"]
     return {
         "preset": started["config"]["preset"],
         "seed": started["config"]["train"]["seed"],
@@ -77,10 +77,9 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def point(event: Event, *, plan: dict[str, Any], batch_size: int) -> dict[str, Any]:
+def point(event: Event, *, batch_size: int) -> dict[str, Any]:
     """One evaluation of a curve."""
-    samples = event["step"] * batch_size
-    cost = {"epoch": event["epoch"] + 1, "samples_seen": samples, "pflop": samples * plan["flops_per_pair"] / 1e15}
+    cost = {"epoch": event["epoch"] + 1, "samples_seen": event["step"] * batch_size, "pflop": event["pflop"]}
     return cost | {name: event["metrics"][name] for name in METRICS if name in event["metrics"]}
 
 

@@ -81,11 +81,11 @@ class TileViTConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TileConvConfig:
-    """A small residual convolutional trunk shared by the tiles; a linear head joins them."""
+    """A small convolutional trunk with a whitening stem, shared by the tiles; a linear head joins them."""
 
     architecture: Literal["tile_conv"] = "tile_conv"
-    width: int = 32
-    """Channels of the stem; the three stages have 2, 4 and 8 times as many."""
+    width: int = 64
+    """Channels of the first stage; the two that follow have 4 times as many."""
     activation: Literal["gelu", "relu", "silu"] = "silu"
     """Activation after each normalisation."""
 
@@ -234,6 +234,9 @@ class TrainConfig:
     """Passes over the training pairs."""
     batch_size: int = 256
     """Pairs per optimizer step, over all processes."""
+    progressive: tuple[tuple[int, float], ...] = ()
+    """Progressive resizing (Howard 2018): sides of the training tiles in pixels, in order, each with its share of the steps;
+    empty for the size in the data. Small tiles cost less and teach the coarse first. Evaluation always sees whole tiles."""
     patience: int = 0
     """Stop after this many evaluations without a better held-out top-1; 0 for never."""
     amp: bool = False
@@ -258,6 +261,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "train.epochs", "1 or more", self.epochs)
         require(self.batch_size >= 2, "train.batch_size", "2 or more (a contrastive loss needs a contrast)", self.batch_size)
+        for size, share in self.progressive:
+            require(size >= 1 and 0.0 < share <= 1.0, "train.progressive", "pairs of pixels >= 1 and a share in (0, 1]", self.progressive)
+        shares = math.fsum(share for _, share in self.progressive)
+        require(not self.progressive or abs(shares - 1.0) < 1e-6, "train.progressive", "shares that sum to 1", self.progressive)
         require(self.patience >= 0, "train.patience", "0 or more", self.patience)
         require(0 <= self.seed < 2**63, "train.seed", "in 0..2**63-1", self.seed)
         require(self.save_minutes > 0.0, "train.save_minutes", "more than 0", self.save_minutes)
@@ -289,6 +296,10 @@ class RunConfig:
             "optimizer.warmup_epochs",
             f"at most train.epochs ({self.train.epochs})",
             self.optimizer.warmup_epochs,
+        )
+        sized = isinstance(self.model, TileConvConfig)
+        require(
+            sized or not self.train.progressive, "train.progressive", "empty unless model.architecture = tile_conv", self.train.progressive
         )
         require(self.augment.mix == "none" or self.loss.kind == "bank", "augment.mix", "none with loss.kind = infonce", self.augment.mix)
 

@@ -41,6 +41,10 @@ class ImageEncoder(nn.Module):
         """Features of the stacked pictures."""
         raise NotImplementedError
 
+    def prepare(self, images: Float[Tensor, "batch 3 height width"]) -> None:  # noqa: ARG002
+        """Set what is computed from pictures of the training set instead of trained. Called once, before training."""
+        return
+
     def attention_maps(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch layers heads tokens tokens"] | None:  # noqa: ARG002
         """Attention weights of every block over all tokens of the picture; None for encoders without attention."""
         return None

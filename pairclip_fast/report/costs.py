@@ -23,6 +23,7 @@ from pairclip_fast.telemetry.time_ledger import PHASES, Phase
 MEANINGS: dict[Phase, str] = {
     "wait": "for the loader",
     "copy": "of batches to the device",
+    "resize": "of tiles to the size of the phase (progressive resizing)",
     "forward": "pass of the encoder",
     "loss": "over the captions",
     "backward": "pass of loss and encoder",

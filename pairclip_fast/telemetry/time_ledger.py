@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-Phase = Literal["wait", "copy", "forward", "loss", "backward", "optimizer", "evaluation", "checkpoint", "telemetry", "other"]
+Phase = Literal["wait", "copy", "resize", "forward", "loss", "backward", "optimizer", "evaluation", "checkpoint", "telemetry", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 BETWEEN_STEPS: frozenset[Phase] = frozenset(("evaluation", "checkpoint"))
 """Phases that are no part of a training step: rates do not count them."""

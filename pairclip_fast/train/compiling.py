@@ -6,7 +6,7 @@ buffers and generators put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from pairclip_fast.train.loop import Trainee
 REASON_LENGTH = 300
 
 
-def compile_encoder(trainee: Trainee, *, setting: str, images: tuple[int, int, int, int], num_captions: int, events: EventLog) -> str:
-    """Compile the encoder's forward and backward pass for one shape of images.
+def compile_encoder(
+    trainee: Trainee, *, setting: str, images: Sequence[tuple[int, int, int, int]], num_captions: int, events: EventLog
+) -> str:
+    """Compile the encoder's forward and backward pass, once for each shape of images.
 
     Args:
         trainee: Its module's `encode` is replaced.
         setting: `auto` (on CUDA only), `on` or `off`.
-        images: Shape of a micro-batch.
+        images: Shapes of the micro-batches.
         num_captions: Caption ids are below this.
         events: Told about a failure, with its reason.
 
@@ -37,13 +39,14 @@ def compile_encoder(trainee: Trainee, *, setting: str, images: tuple[int, int, i
     try:
         compiled: Callable[[Tensor], Tensor] = torch.compile(module.encoder.forward, dynamic=False)
         module.encode = compiled
-        warm_up(trainee, images=images, num_captions=num_captions)
+        for shape in images:
+            warm_up(trainee, images=shape, num_captions=num_captions)
     except (RuntimeError, OSError, ImportError) as error:
         # Whatever is no fault of the compiler comes back in the eager step that follows.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
         torch._dynamo.reset()
         module.encode = eager
-        warm_up(trainee, images=images, num_captions=num_captions)
+        warm_up(trainee, images=images[-1], num_captions=num_captions)
         events.fallback("torch.compile", chosen="eager", reason=reason)
         return "eager (compiling failed)"
     return "compiled"

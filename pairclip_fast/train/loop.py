@@ -23,6 +23,7 @@ from pairclip_fast.train.ema import Ema
 from pairclip_fast.train.guard import FiniteGuard
 from pairclip_fast.train.precision import Precision
 from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.resizing import Resizer
 
 
 class LossModule(nn.Module):
@@ -79,6 +80,7 @@ class Trainee:
     guard: FiniteGuard
     ledger: TimeLedger = dataclasses.field(default_factory=TimeLedger)
     ema: Ema | None = None
+    resizer: Resizer | None = None
     parallel: nn.Module | None = None
     """`module` wrapped for data parallelism, if there is more than one process."""
 
@@ -170,6 +172,9 @@ def train_epoch(trainee: Trainee, loader: Iterable[Batch], progress: Progress, *
         lap("wait")
         moved = trainee.placement.move(batch)
         lap("copy")
+        if trainee.resizer is not None:
+            moved = dataclasses.replace(moved, images=trainee.resizer(moved.images, step=progress.step))
+            lap("resize")
         result = train_step(trainee, moved, step=progress.step)
         progress.step += 1
         progress.samples_seen += len(batch.sample_ids) * trainee.processes.world_size

@@ -23,9 +23,10 @@ from pairclip_fast.train.accounting import countable
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
-from pairclip_fast.train.loop import Trainee
+from pairclip_fast.train.loop import LossModule, Trainee
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.setup import BANK, Parts, build_trainee, used_bank
+from pairclip_fast.train.work import Work
 
 PROBE_PAIRS = 8
 """Pairs of the first, smallest pass."""
@@ -47,7 +48,8 @@ class TrainingPlan:
     num_captions: int
     parameters: int
     flops_per_pair: float
-    """Training: forward and backward pass, loss included."""
+    """Training: forward and backward pass, loss included; the mean over the run."""
+    work: Work
     steps_per_epoch: int
     epochs: int
     total_pflop: float
@@ -92,7 +94,7 @@ class Probe:
 def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, steps_done: int = 0) -> TrainingPlan:
     """The plan of a run or of what is left of it."""
     config, module = parts.config, trainee.module
-    flops = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
+    work = count_work(parts, module)
     found = probe(parts, trainee, limit=parts.micro_batch)
     num_val = parts.manifest.splits["val"].count if "val" in parts.manifest.splits else 0
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -101,23 +103,38 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     ranked = num_val * (max(config.train.epochs * left / max(pairs, 1), 0.0) + 1)
     counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
     rate = found.pairs_per_second * parts.processes.world_size
+    whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     kernels = implementation(parts.placement.device)
     return TrainingPlan(
         num_train=parts.num_train,
         num_val=num_val,
         num_captions=parts.bank.num_captions,
         parameters=parameters,
-        flops_per_pair=flops,
+        flops_per_pair=work.mean,
+        work=work,
         steps_per_epoch=parts.steps_per_epoch,
         epochs=config.train.epochs,
-        total_pflop=flops * pairs / 1e15,
-        eta_s=left / rate + ranked * FORWARD_SHARE / found.pairs_per_second,
+        total_pflop=work.until(parts.total_steps) / 1e15,
+        eta_s=(work.until(parts.total_steps) - work.until(steps_done)) / (rate * whole) + ranked * FORWARD_SHARE / found.pairs_per_second,
         memory_gib={item: size / GIB for item, size in counted.items() if size is not None},
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
         kernels=f"{kernels.name} ({kernels.reason})",
         loader=loader,
         compile=compiled,
+    )
+
+
+def count_work(parts: Parts, module: LossModule) -> Work:
+    """What the steps of a run cost."""
+    flops = {
+        shape: float(training_flops_per_pair(module.encoder, image_shape=shape, num_captions=parts.loss_captions))
+        for shape in {parts.shape_at(phase) for phase in parts.phases}
+    }
+    return Work(
+        batch_size=parts.config.train.batch_size,
+        ends=tuple(phase.end for phase in parts.phases),
+        flops_per_pair=tuple(flops[parts.shape_at(phase)] for phase in parts.phases),
     )
 
 

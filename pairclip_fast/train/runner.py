@@ -139,11 +139,11 @@ class Runner:
         """One `step` event and one line on the console; waits for the device."""
         self.ledgers.lap("other")
         self.parts.placement.synchronise()
-        rates, loaded, progress, flops = self.ledgers.read(), self.ledgers.loaded(), self.progress, self.plan.flops_per_pair
-        left = max(self.parts.total_steps - progress.step, 0) * self.parts.config.train.batch_size
+        rates, loaded, progress, work = self.ledgers.read(), self.ledgers.loaded(), self.progress, self.plan.work
+        done, left = work.until(progress.step), max(work.until(self.parts.total_steps) - work.until(progress.step), 0.0)
         evaluations = self.parts.config.train.epochs - progress.epoch + 1
-        tflops = rates.pairs_per_second * flops / 1e12
-        eta = left / rates.pairs_per_second + evaluations * self.evaluation_s if rates.pairs_per_second else None
+        tflops = rates.pairs_per_second * work.at(progress.step - 1) / 1e12
+        eta = left / tflops / 1e12 + evaluations * self.evaluation_s if tflops else None
         fields = {
             "step": progress.step,
             "epoch": (progress.step - 1) // self.parts.steps_per_epoch,
@@ -156,7 +156,7 @@ class Runner:
             "tflops": tflops,
             "peak_share": tflops / self.peak / self.parts.processes.world_size,
             "data_wait_fraction": rates.data_wait_fraction,
-            "pflop": flops * progress.samples_seen / 1e15,
+            "pflop": done / 1e15,
             "eta_s": eta,
             "time_s": rates.time_s,
             "fill_s": loaded.fill_s,
@@ -215,7 +215,8 @@ class Runner:
         self.ledgers.end_evaluation()
         best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
         if metrics is not None:
-            self.events.emit("eval", step=progress.step, epoch=progress.epoch - 1, split="val", metrics=metrics, best=best)
+            cost = {"step": progress.step, "epoch": progress.epoch - 1, "pflop": self.plan.work.until(progress.step) / 1e15}
+            self.events.emit("eval", **cost, split="val", metrics=metrics, best=best)
             self._line.say_evaluation(metrics, epoch=progress.epoch, best=best)
         if progress.epoch >= train.epochs:
             progress.finished = "epochs"
@@ -282,7 +283,7 @@ class Runner:
 
     def _totals(self) -> dict[str, Any]:
         """Of the run: time and work; of the time since the last `step` event: where it went."""
-        pflop = self.plan.flops_per_pair * self.progress.samples_seen / 1e15
+        pflop = self.plan.work.until(self.progress.step) / 1e15
         return {"seconds": self.progress.seconds, "pflop": pflop, **self.ledgers.rest()}
 
     def _best(self) -> dict[str, Any] | None:

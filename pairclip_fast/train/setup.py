@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pairclip_fast.data.loader import Loader, make_loader
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
-from pairclip_fast.models.build import build_model
+from pairclip_fast.models.build import PairEncoder, build_model
 from pairclip_fast.telemetry.time_ledger import TimeLedger
 from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train.device import Placement
@@ -22,9 +23,12 @@ from pairclip_fast.train.guard import FP16_STREAK, FiniteGuard
 from pairclip_fast.train.loop import LossModule, Trainee
 from pairclip_fast.train.optimizer import build_optimizer
 from pairclip_fast.train.precision import Precision
+from pairclip_fast.train.resizing import Phase, Resizer, phases
 from pairclip_fast.train.schedule import learning_rate
 
 BANK = "captions.safetensors"
+PREPARED_PAIRS = 512
+"""Training pairs from which an encoder computes what it does not train."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,22 @@ class Parts:
         return self.bank.num_captions if self.config.loss.kind == "bank" else 0
 
     @property
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width of a tile in the data."""
+        return (self.manifest.tile_height, self.manifest.tile_width)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The steps of the run by the size of their tiles."""
+        return phases(self.config.train.progressive, total_steps=self.total_steps, tile_size=self.tile_size)
+
+    def shape_at(self, phase: Phase) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures that the model sees in a phase."""
+        return (3, phase.height, self.manifest.tiles * phase.width)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a stacked picture."""
+        """Channels, height and width of a stacked picture as it is stored, and as evaluations see it."""
         return (3, self.manifest.tile_height, self.manifest.tiles * self.manifest.tile_width)
 
 
@@ -121,8 +139,32 @@ def build_trainee(parts: Parts) -> Trainee:
         guard=FiniteGuard(placement.device, tolerance=FP16_STREAK if scaler.is_enabled() else 0),
         ledger=TimeLedger(mark=placement.mark, between=placement.seconds_between),
         ema=Ema(module, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+        resizer=Resizer(parts.phases, tiles=parts.manifest.tiles) if config.train.progressive else None,
         parallel=processes.wrap(module, device=placement.device),
     )
+
+
+def prepare(parts: Parts, trainee: Trainee, *, events: EventLog) -> None:
+    """Let the encoder look at the first training pictures, not augmented; every process sees the same ones."""
+    train = parts.config.train
+    loader = make_loader(
+        parts.data,
+        split="train",
+        batch_size=min(PREPARED_PAIRS, parts.num_train),
+        augment=None,
+        seed=train.seed,
+        backend=train.loader,
+        device=parts.placement.device,
+        shuffle=True,
+        drop_last=False,
+        on_bad_record=train.on_bad_record,
+        events=events,
+    )
+    with contextlib.closing(loader):
+        batch = parts.placement.move(next(iter(loader)))
+    encoder = trainee.module.encoder
+    assert isinstance(encoder, PairEncoder)
+    encoder.encoder.prepare(batch.images[batch.valid])
 
 
 def train_loader(parts: Parts, *, events: EventLog) -> Loader:

@@ -31,7 +31,7 @@ from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.run_folder import Chosen
 from pairclip_fast.train.runner import Runner, result
-from pairclip_fast.train.setup import Parts, build_trainee, run_bank, train_loader
+from pairclip_fast.train.setup import Parts, build_trainee, prepare, run_bank, train_loader
 from pairclip_fast.train.state import restore
 
 CHECKPOINTS = "checkpoints"
@@ -120,10 +120,12 @@ def set_up(
     if snapshot is not None:
         run_folder.refuse_differences(snapshot.state.get("identity", {}), identity, where=where)
         steps_done = Progress.from_json(snapshot.state.get("progress"), where=where).step
+    else:
+        prepare(parts, trainee, events=events)
     compiled = compile_encoder(
         trainee,
         setting=config.train.compile,
-        images=(parts.micro_batch, *parts.image_shape),
+        images=[(parts.micro_batch, *parts.shape_at(phase)) for phase in parts.phases],
         num_captions=parts.bank.num_captions,
         events=events,
     )
