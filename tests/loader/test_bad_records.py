@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_backend import CPU, FULL, STD, make_named_loader
 from PIL import Image
-from test_loader import BACKENDS, CPU, FULL, STD, make_named_loader, skip_if_absent
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.loader import Batch, Loader
@@ -22,12 +22,6 @@ from pairclip_fast.events import Event, EventLog
 
 BAD = 17
 Damage = Callable[..., Path]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    skip_if_absent(request.param)
-    return str(request.param)
 
 
 @pytest.fixture
