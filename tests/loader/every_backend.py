@@ -15,6 +15,7 @@ from pairclip_fast.data.loader import Batch, Loader, make_loader
 from pairclip_fast.native import Native, native
 
 CPU = torch.device("cpu")
+MEAN = torch.tensor((125.0, 120.0, 110.0)).view(3, 1, 1)
 STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
 FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 FAST = AugmentConfig(flip_probability=0.5, shift_pixels=3)
