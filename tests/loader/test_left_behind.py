@@ -17,21 +17,29 @@ from pairclip_fast.data.loader import Loader
 from pairclip_fast.events import EventLog
 
 
-def _resources() -> tuple[int, int]:
+def resources() -> dict[str, int]:
+    """Our threads, open files, and mappings of shared memory or of shards."""
     gc.collect()
-    return sum(thread.name == "pairclip-loader" for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
+    maps = Path("/proc/self/maps").read_text()
+    return {
+        "threads": sum(thread.name.startswith("pairclip") for thread in threading.enumerate()),
+        "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - names only
+        "shared memory": maps.count("/dev/shm"),
+        "shards": maps.count(".tar"),
+    }
 
 
-def _native_threads() -> int:
+def native_threads() -> int:
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names only
 
 
-def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: EventLog) -> None:
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_nothing_is_left_behind(encoding: str, backend: str, folders: dict[str, Path], events: EventLog) -> None:
     """Break off early, forget the iterator, close in the middle, leave it to the garbage collector: nothing stays."""
 
     def once(way: str) -> None:
         settings = {"split": "train", "batch_size": 8, "augment": FAST, "seed": 0, "device": CPU}
-        loader = make_named_loader(folders["raw"], backend=backend, events=events, **settings)
+        loader = make_named_loader(folders[encoding], backend=backend, events=events, **settings)
         iterator = iter(loader)
         next(iterator)
         if way == "break":
@@ -39,7 +47,7 @@ def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: 
                 break
         if way == "exception":
             with pytest.raises(KeyError):
-                _fail(loader)
+                fail(loader)
         if way == "two iterators":
             next(iter(loader))
         if way != "drop":
@@ -48,12 +56,12 @@ def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: 
 
     for way in ("break", "drop"):
         once(way)  # what the libraries keep for good is there now
-    before, native = _resources(), _native_threads()
-    assert before[0] == 0
+    before, native = resources(), native_threads()
+    assert (before["threads"], before["shards"]) == (0, 0)
     for way in ("break", "exception", "two iterators", "drop", "close"):
         once(way)
-        assert _resources() == before, way
-    assert _native_threads() <= native + 1
+        assert resources() == before, way
+    assert native_threads() <= native + 1
 
 
 LEAVE_IN_THE_MIDDLE = """
@@ -76,7 +84,7 @@ def test_a_process_may_end_in_the_middle(folders: dict[str, Path]) -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
-def _fail(loader: Loader) -> None:
+def fail(loader: Loader) -> None:
     for _ in loader:
         raise KeyError
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from every_backend import CPU, FAST, FULL, STD, Open, assert_same, by_id, skip_if_absent
+from augment_oracle import oracle
+from every_backend import CPU, FAST, FULL, MEAN, STD, Open, assert_same, by_id, skip_if_absent
+from test_augment import FULL as STRONG
+from test_augment import WRONG, WRONG_BORDERS
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import loader as loader_module
-from pairclip_fast.data.loader import choose_backend
-from pairclip_fast.data.parameters import own_tiles, parameter_table
+from pairclip_fast.data.augment import Border
+from pairclip_fast.data.loader import Loader, choose_backend
+from pairclip_fast.data.parameters import own_tiles, parameter_table, parameter_table_in_numpy
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
@@ -112,19 +117,60 @@ def test_epochs_are_augmented_differently_and_can_be_revisited(backend: str, ope
     assert all(torch.equal(first[i], again[i]) for i in range(103))
 
 
-def test_tiles_keep_their_sides(backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
+def check_sides(loader: Loader) -> None:
+    """Nothing blue on the left, nothing red on the right, and something of the right colour in the middle of each."""
+    for batch in loader:
+        values = batch.images * STD + MEAN
+        assert values[:, 1:, :, :32].abs().max() < 0.01, "the right tile is seen on the left"
+        assert values[:, :2, :, 32:].abs().max() < 0.01, "the left tile is seen on the right"
+        assert values[:, 0, 16, 16].min() > 200.0
+        assert values[:, 2, 16, 48].min() > 200.0
+
+
+SIDES = AugmentConfig(rotate_degrees=45.0, flip_probability=0.5, shift_pixels=4)
+
+
+@pytest.mark.parametrize("border", ["zero", "reflect"])
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_tiles_keep_their_sides(border: Border, encoding: str, backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
     """Red tiles left, blue tiles right: no flip, rotation or shift may mix them."""
     pixels = np.zeros((20, 2, 32, 32, 3), dtype=np.uint8)
     pixels[:, 0, ..., 0], pixels[:, 1, ..., 2] = 255, 255
-    augment = AugmentConfig(rotate_degrees=45.0, flip_probability=0.5, shift_pixels=4)
-    loader = open_loader(backend, folder=make_folder(pixels), augment=augment)
-    mean = torch.tensor((125.0, 120.0, 110.0)).view(3, 1, 1)
-    for batch in loader:
-        values = batch.images * STD + mean
-        assert values[:, 1:, :, :32].abs().max() < 0.01
-        assert values[:, :2, :, 32:].abs().max() < 0.01
-        assert values[:, 0, 16, 16].min() > 200.0
-        assert values[:, 2, 16, 48].min() > 200.0
+    check_sides(open_loader(backend, folder=make_folder(pixels, encoding=encoding), augment=dataclasses.replace(SIDES, border=border)))
+
+
+@pytest.mark.parametrize("change", [{}, {"rotate_degrees": 0.0}, {"rotate_degrees": 0.0, "flip_probability": 0.0}], ids=str)
+def test_tiles_that_are_augmented_as_one_picture_would_be_noticed(
+    change: dict[str, float], backend: str, make_folder: Callable[..., Path], open_loader: Open
+) -> None:
+    stacked = np.zeros((20, 1, 32, 64, 3), dtype=np.uint8)
+    stacked[..., :32, 0], stacked[..., 32:, 2] = 255, 255
+    with pytest.raises(AssertionError, match="is seen"):
+        check_sides(open_loader(backend, folder=make_folder(stacked), augment=dataclasses.replace(SIDES, **change)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("border", "wrongs"), [("zero", WRONG), ("reflect", WRONG_BORDERS)], ids=["zero", "reflect"])
+def test_a_wrong_operation_would_be_noticed(border: Border, wrongs: list[str], backend: str, pixels: np.ndarray, open_loader: Open) -> None:
+    """A batch is the float64 oracle's, and none of those that its wrong versions make."""
+    augment, tolerance = dataclasses.replace(STRONG, border=border), 0.05 if backend == "dali" else 0.02
+    batch = next(iter(open_loader(backend, augment=augment, batch_size=8)))
+    ids = batch.sample_ids.numpy()
+    sources = own_tiles(ids, tiles=2)
+    table = parameter_table_in_numpy(ids, sources, tile_size=(32, 32), seed=5, epoch=0, augment=augment)
+    made = (batch.images * STD + MEAN).permute(0, 2, 3, 1).numpy()
+    assert abs(made - oracle(pixels[ids], table, border=border)).max() < tolerance
+    for wrong in wrongs:
+        assert abs(made - oracle(pixels[ids], table, border=border, wrong=wrong)).max() > 10 * tolerance, wrong
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_the_number_of_threads_changes_nothing(encoding: str, backend: str, open_loader: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
+    for threads in (1, 3):
+        monkeypatch.setattr(loader_module, "usable_threads", lambda threads=threads, **_: threads)
+        torch.set_num_threads(threads)
+        streams.append(by_id(open_loader(backend, encoding=encoding)))
+    assert all(torch.equal(picture, streams[1][sample_id]) for sample_id, picture in streams[0].items())
 
 
 @pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 24, 16)])

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from every_backend import Open, assert_same, endless
@@ -78,3 +84,45 @@ def test_a_damaged_state_is_refused(damage: dict[str, object], open_loader: Open
     state = {key: value for key, value in {**loader.state_dict(), **damage}.items() if value is not None}
     with pytest.raises(DataError):
         loader.load_state_dict(state)
+
+
+def test_a_hundred_epochs_whatever_the_ranks_and_the_stops(backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
+    """Each id once per epoch, in the plan's order; stopped at random places, each time going on with other ranks and batches."""
+    folder, rng = make_folder(np.zeros((103, 2, 4, 4, 3), dtype=np.uint8)), random.Random(0)
+    settings: dict[str, Any] = {"folder": folder, "augment": None, "seed": 2**63 - 1}
+    state = open_loader(backend, **settings).state_dict()
+    seen: dict[int, list[int]] = {}
+    while int(state["epoch"]) < 100:
+        world_size = rng.choice((1, 2, 3))
+        batch_size = world_size * rng.randint(5, 40)
+        ranks = [open_loader(backend, batch_size=batch_size, world_size=world_size, rank=rank, **settings) for rank in range(world_size)]
+        for loader in ranks:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        for batches in itertools.islice(zip(*map(endless, ranks), strict=True), rng.randint(1, 50)):
+            assert len({(batch.epoch, batch.step) for batch in batches}) == 1
+            seen.setdefault(batches[0].epoch, []).extend(int(i) for batch in batches for i in batch.sample_ids[batch.valid])
+        state = ranks[0].state_dict()
+        assert all(loader.state_dict() == state for loader in ranks)
+        assert len(json.dumps(state)) < 300
+        for loader in ranks:
+            loader.close()
+    plan = Plan(num_samples=103, batch_size=1, seed=2**63 - 1)
+    for epoch in range(100):
+        assert seen[epoch] == plan.order(epoch).tolist()
+
+
+def test_the_first_batch_after_a_resume_comes_at_once(backend: str, open_loader: Open) -> None:
+    """The best of several tries: others use this machine too. And nothing before the place is read."""
+    loader = open_loader(backend, augment=None)
+    state, seconds = loader.state_dict(), []
+    next(iter(loader))  # the reference backend has read the whole split by then
+    for epoch in range(10, 30):
+        loader.set_epoch(0)  # ends what runs
+        read = loader.stats.bytes_read
+        started = time.perf_counter()
+        loader.load_state_dict({**state, "epoch": epoch, "cursor": 80})
+        batch = next(iter(loader))
+        seconds.append(time.perf_counter() - started)
+        assert (batch.epoch, batch.step) == (epoch, 5)
+        assert loader.stats.bytes_read - read <= 2 * 16 * 6144
+    assert min(seconds) < 0.010
