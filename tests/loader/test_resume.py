@@ -125,5 +125,5 @@ def test_the_first_batch_after_a_resume_comes_at_once(backend: str, open_loader:
         seconds.append(time.perf_counter() - started)
         assert (batch.epoch, batch.step) == (epoch, 5)
         assert loader.stats.bytes_read - read <= 2 * 16 * 6144
-    limit_s = 0.050 if backend == "dali" else 0.010  # one run of DALI alone took 13 ms on a busy machine, with types checked
+    limit_s = 0.010 if backend == "native" else 0.050  # the others took 13 ms and more on a busy machine, with types checked
     assert min(seconds) < limit_s
