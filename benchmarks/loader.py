@@ -52,6 +52,7 @@ COLUMNS = (
     "s/epoch",
     "first ms",
     "resume ms",
+    "state B",
     "pictures",
 )
 Record = dict[str, Any]
@@ -219,6 +220,7 @@ def table(rows: list[Record]) -> list[str]:
                 f"{row['epoch_s']:.3f}",
                 f"{row['first_batch_ms']:.0f}",
                 f"{row['resume_ms']:.1f}" if "resume_ms" in row else "",
+                str(row.get("state_bytes", "")),
                 "checked" if row["same_pictures"] else "its own random numbers",
             )
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,12 @@ def our_stream(ours: Ours, folder: Path, *, encoding: str, rung: str, batch_size
         close=loader.close,
         first_batch_s=first_batch_s,
         same_maths=True,
-        facts={"largest_difference": worst, "unique_ids": unique_ids(loader), "resume_ms": resume_ms(loader)},
+        facts={
+            "largest_difference": worst,
+            "unique_ids": unique_ids(loader),
+            "resume_ms": resume_ms(loader),
+            "state_bytes": len(json.dumps(loader.state_dict())),
+        },
     )
 
 

@@ -15,6 +15,7 @@ import io
 import mmap
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -76,6 +77,7 @@ class ShardReader:
             check_shard_size(path, entry)
         self.records = self._record_index()
         """Payloads of all samples."""
+        self._judged = np.zeros(len(self), dtype=np.bool_)
         self._maps: list[mmap.mmap] = []
         for path in self.shard_paths:
             with path.open("rb") as file:
@@ -126,7 +128,12 @@ class ShardReader:
         return self.decoded(sample_id, self.payload(sample_id))
 
     def check(self, sample_ids: Ints) -> None:
-        """Compare payloads with their checksums, and raw ones with their size; any shape of ids, each once.
+        """Compare payloads with their checksums, raw ones with their size; judge the headers of pictures, each the first time.
+
+        For backends whose own decoders would make something of every kind of picture.
+
+        Args:
+            sample_ids: Of any shape; each is checked once.
 
         Raises:
             BadRecordError: one differs.
@@ -135,7 +142,11 @@ class ShardReader:
         for sample_id in np.unique(sample_ids).tolist():
             data = self.payload(sample_id)
             self._check_sum(sample_id, data)
-            if self.manifest.encoding == "raw" and len(data) != whole:
+            if self.manifest.encoding != "raw" and not self._judged[sample_id]:
+                with self._blaming(sample_id) as where:
+                    open_picture(data, self.manifest, where=where)
+                self._judged[sample_id] = True
+            elif self.manifest.encoding == "raw" and len(data) != whole:
                 self.decoded(sample_id, data)
 
     def decoded(self, sample_id: int, data: memoryview) -> npt.NDArray[np.uint8]:
@@ -145,11 +156,8 @@ class ShardReader:
             BadRecordError: the payload has changed, is damaged or of another size.
         """
         self._check_sum(sample_id, data)
-        where = self.location(sample_id)
-        try:
+        with self._blaming(sample_id) as where:
             return decode_payload(data, self.manifest, where=where)
-        except DataError as error:
-            raise BadRecordError(error.what, sample_id=sample_id, where=where, expected=error.expected, got=error.got) from error
 
     def tiles_of(self, sample_ids: Ints) -> npt.NDArray[np.uint8]:
         """Several decoded samples, uint8 [n, tiles, height, width, 3].
@@ -194,6 +202,15 @@ class ShardReader:
         if (got := zlib.crc32(data)) != expected:
             what, where = "a record's bytes have changed", self.location(sample_id)
             raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
+
+    @contextlib.contextmanager
+    def _blaming(self, sample_id: int) -> Iterator[str]:
+        """Where the sample is; what is found to be wrong there is then a bad record."""
+        where = self.location(sample_id)
+        try:
+            yield where
+        except DataError as error:
+            raise BadRecordError(error.what, sample_id=sample_id, where=where, expected=error.expected, got=error.got) from error
 
     def _shard_of(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):
@@ -250,15 +267,34 @@ def decode_payload(data: memoryview, manifest: Manifest, *, where: object) -> np
         if len(data) != int(np.prod(shape)):
             raise DataError("a sample has the wrong size", where=where, expected=f"{int(np.prod(shape)):,} bytes", got=f"{len(data):,}")
         return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
+    picture = open_picture(data, manifest, where=where)
+    with _picture_errors(where):
+        pixels = np.asarray(picture)
     tiles, height, width, _ = shape
+    return np.ascontiguousarray(pixels.reshape(height, tiles, width, 3).transpose(1, 0, 2, 3))
+
+
+def open_picture(data: memoryview, manifest: Manifest, *, where: object) -> Image.Image:
+    """A sample's PNG or JPEG, of which only the header was read.
+
+    Raises:
+        DataError: it is none, of another size, or not RGB.
+    """
+    with _picture_errors(where):
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS[manifest.encoding])
+    size = (manifest.tiles * manifest.tile_width, manifest.tile_height)
+    if picture.size != size or picture.mode != "RGB":
+        expected, got = f"{size[0]} x {size[1]} RGB", f"{picture.size[0]} x {picture.size[1]} {picture.mode}"
+        raise DataError("a sample's picture has the wrong size", where=where, expected=expected, got=got)
+    return picture
+
+
+@contextlib.contextmanager
+def _picture_errors(where: object) -> Iterator[None]:
+    """Whatever Pillow raises is a damaged picture; its warning of a bomb is not wanted, as we judge the size ourselves."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a bomb, whose size we judge ourselves
+        warnings.simplefilter("ignore")
         try:
-            picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS[manifest.encoding])
-            if picture.size != (tiles * width, height) or picture.mode != "RGB":
-                expected, got = f"{tiles * width} x {height} RGB", f"{picture.size[0]} x {picture.size[1]} {picture.mode}"
-                raise DataError("a sample's picture has the wrong size", where=where, expected=expected, got=got)
-            pixels = np.asarray(picture)
+            yield
         except PILLOW_ERRORS as error:
             raise DataError("a sample's picture is damaged", where=where, got=error, fix=REBUILD) from error
-    return np.ascontiguousarray(pixels.reshape(height, tiles, width, 3).transpose(1, 0, 2, 3))

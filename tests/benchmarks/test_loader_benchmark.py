@@ -52,6 +52,7 @@ def test_a_rung_of_ours_is_measured_and_told(
     assert rows.pop(0)["loader"] == "reading alone"
     assert {row["encoding"] for row in rows} == {"raw", "png", "jpeg"}
     assert all(row["unique_ids"] == [256, 256] and row["cpu_us_per_pair"] > 0.0 for row in rows)
+    assert all(0 < row["state_bytes"] < 300 and row["resume_ms"] > 0.0 for row in rows)
     assert all(row["largest_difference"] <= 8.0 for row in rows)
     assert "ours: twin" in capsys.readouterr().out
     assert (tmp_path / "r.png").stat().st_size > 1_000

@@ -1,8 +1,6 @@
 """The commit rule, tried against a disk that dies at every operation and forgets whatever was not synced.
 
-`DyingDisk` works on a real folder. At the chosen operation it raises; `lose_power` then undoes what a power cut may
-undo: writes whose file was not fsynced and renames whose folder was not fsynced, each of which may or may not have
-reached the disk. Deliberately wrong writers (no fsync, rename first, in place) must be caught by the same check.
+Deliberately wrong writers (no fsync, rename first, in place) must be caught by the same check.
 """
 
 from __future__ import annotations
@@ -14,75 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
+from dying_disk import DyingDisk, PowerCut
 
 from pairclip_fast.errors import RunBusyError, StorageError
 from pairclip_fast.storage import REAL, FileSystem, FolderLock, commit_folder, sha256_file, write_atomic, write_json
 
 OLD, NEW = b"old content", b"new content, and longer"
 Writer = Callable[[Path, FileSystem], None]
-
-
-class PowerCut(BaseException):
-    """Not an `Exception`: nothing may catch it and carry on."""
-
-
-class DyingDisk(FileSystem):
-    """The real file system until operation number `last`, and what a power cut would leave of it."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.count = last, 0
-        self.unsynced_content: set[Path] = set()
-        self.unsynced_renames: list[tuple[Path, Path, bytes | None]] = []
-
-    def _step(self) -> None:
-        self.count += 1
-        if self.count > self.last:
-            raise PowerCut
-
-    def open_for_writing(self, path: Path) -> IO[bytes]:
-        self._step()
-        self.unsynced_content.add(path)
-        return super().open_for_writing(path)
-
-    def write(self, file: IO[bytes], data: bytes | memoryview) -> None:
-        self._step()
-        self.unsynced_content.add(Path(file.name))
-        super().write(file, data)
-
-    def fsync(self, file: IO[bytes]) -> None:
-        self._step()
-        super().fsync(file)
-        self.unsynced_content.discard(Path(file.name))
-
-    def fsync_folder(self, path: Path) -> None:
-        self._step()
-        super().fsync_folder(path)
-        self.unsynced_renames = [row for row in self.unsynced_renames if row[1].parent != path]
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step()
-        before = target.read_bytes() if target.is_file() else None
-        super().rename(source, target)
-        self.unsynced_renames.append((source, target, before))
-        if source in self.unsynced_content:
-            self.unsynced_content.discard(source)
-            self.unsynced_content.add(target)
-
-    def unlink(self, path: Path) -> None:
-        self._step()
-        super().unlink(path)
-
-    def lose_power(self, *, renames_reached_the_disk: bool) -> None:
-        """Leave the worst state that the syncs so far allow."""
-        for path in self.unsynced_content:
-            if path.exists():
-                path.write_bytes(b"")
-        if not renames_reached_the_disk:
-            for _source, target, before in reversed(self.unsynced_renames):
-                target.unlink() if before is None else target.write_bytes(before)
 
 
 def write_with_storage(path: Path, fs: FileSystem) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,22 @@ def test_a_stale_index_is_made_anew_in_memory_and_told_once(data_copy: Copy, eve
     assert event["what"] == "record index of train"
     assert event["reason"].startswith("000001.records: ")
     assert event["reason"].endswith(", and 1 more")
+
+
+def test_an_index_left_over_from_other_pairs_is_not_believed(shard: Callable[..., Any], tmp_path: Path, events: Any) -> None:
+    """Sharded again with another seed: as many records of the same sizes at the same places, but of other pixels and captions."""
+    for seed in (1, 2):
+        shard(out=tmp_path / str(seed), seed=seed)
+    for path in (tmp_path / "1" / "train").glob("*.records"):
+        shutil.copy(path, tmp_path / "2" / "train" / path.name)
+    with ShardReader(tmp_path / "1", "train") as other, ShardReader(tmp_path / "2", "train", events=events) as reader:
+        assert np.array_equal(other.records.offsets, reader.records.offsets)
+        assert not np.array_equal(other.records.checksums, reader.records.checksums)
+        reader.check(np.arange(len(reader)))
+        for sample_id in range(len(reader)):
+            assert int(reader.caption_ids[sample_id]) == json.loads(bytes(reader.member(sample_id, "json")))["caption_id"]
+    (event,) = events.fallbacks
+    assert event["what"] == "record index of train"
 
 
 def test_it_is_not_made_from_a_changed_tar(data_copy: Copy) -> None:

@@ -13,6 +13,7 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 import pytest
+from dying_disk import DyingDisk, PowerCut
 
 from pairclip_fast.data.build import build_folder
 from pairclip_fast.data.commands import render_shard, render_verify, run_verify
@@ -213,60 +214,6 @@ def test_wrong_options_are_refused_when_made(wrong: dict[str, Any]) -> None:
 
 
 # --- crashes --------------------------------------------------------------------------------------------------------
-
-
-class PowerCut(BaseException):
-    """Nothing may catch this and carry on."""
-
-
-class DyingDisk(FileSystem):
-    """Dies at its n-th operation, and then for good. Keeps a ledger of what is durable."""
-
-    def __init__(self, last: int = 1 << 30, *, forget_fsync: bool = False) -> None:
-        self.last, self.count, self.forget_fsync = last, 0, forget_fsync
-        self.unsynced: set[Path] = set()
-        self.unsafe_renames: list[Path] = []
-
-    def step(self) -> None:
-        self.count += 1
-        if self.count > self.last:
-            raise PowerCut
-
-    def open_for_writing(self, path: Path) -> IO[bytes]:
-        self.step()
-        self.unsynced |= {path, path.parent}
-        return super().open_for_writing(path)
-
-    def write(self, file: IO[bytes], data: bytes | memoryview) -> None:
-        self.step()
-        self.unsynced.add(Path(file.name))
-        super().write(file, data)
-
-    def fsync(self, file: IO[bytes]) -> None:
-        self.step()
-        if not self.forget_fsync:
-            self.unsynced.discard(Path(file.name))
-
-    def fsync_folder(self, path: Path) -> None:
-        self.step()
-        self.unsynced.discard(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self.step()
-        self.unsafe_renames += [path for path in self.unsynced if path.is_relative_to(source)]
-        super().rename(source, target)
-
-    def mkdir(self, path: Path) -> None:
-        self.step()
-        super().mkdir(path)
-
-    def unlink(self, path: Path) -> None:
-        self.step()
-        super().unlink(path)
-
-    def remove_tree(self, path: Path) -> None:
-        self.step()
-        super().remove_tree(path)
 
 
 Build = Callable[..., None]

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_backend import BACKENDS, CPU, FULL, Open, make_named_loader, skip_if_absent
 
+from pairclip_fast.data.loader import Loader
 from pairclip_fast.data.manifest import Manifest, SplitManifest, SplitProof, write_manifest
 from pairclip_fast.data.writer import ShardFormat, write_split
 from pairclip_fast.events import EventLog
@@ -105,3 +107,24 @@ def events() -> Iterator[EventLog]:
     log = EventLog(None, console=False)
     yield log
     log.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    skip_if_absent(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def open_loader(folders: dict[str, Path], events: EventLog) -> Iterator[Open]:
+    """A function that makes a loader over the 103 samples; all are closed at the end."""
+    opened: list[Loader] = []
+
+    def make(backend: str, *, encoding: str = "raw", folder: Path | None = None, **options: object) -> Loader:
+        settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU, "drop_last": False, **options}
+        opened.append(make_named_loader(folder or folders[encoding], backend=backend, events=events, **settings))
+        return opened[-1]
+
+    yield make
+    for loader in opened:
+        loader.close()

@@ -99,7 +99,7 @@ def check(spec: Any, expected: dict[str, int]) -> None:
         assert name in registered[device], f"{name} has no {device} implementation"
     assert {device for _, device in cpu} == {"cpu"}
     by_device = {kind: {name for name, device in gpu if device == kind} for kind in registered}
-    assert by_device["cpu"] <= {"ExternalSource", "_Shape"}
+    assert by_device["cpu"] <= {"ExternalSource"}
     assert by_device["mixed"] <= {"decoders__Image"}
     if spec.encoding == "raw":
         assert Counter(device for name, device in gpu if name == "ExternalSource")["gpu"] == 1
@@ -110,7 +110,7 @@ def check(spec: Any, expected: dict[str, int]) -> None:
 def test_the_gpu_graph_is_the_cpu_graph(case: str, encoding: str) -> None:
     augment, expected = CASES[case]
     if encoding != "raw":
-        expected = {**expected, "decoders__Image": 1, "_Shape": 1}
+        expected = {**expected, "decoders__Image": 1}
     check(make_spec(augment, encoding), expected)
 
 
@@ -119,7 +119,7 @@ def test_tiles_that_move_are_sliced_where_they_are(pairing: str) -> None:
     augment, pictures = AugmentConfig(pairing=pairing, swap_probability=0.5), MOVES[pairing]  # type: ignore[arg-type]
     nothing = CASES["nothing"][1]
     check(make_spec(augment, "raw"), nothing)
-    expected = {**nothing, "Slice": 2, "decoders__Image": pictures, "_Shape": pictures, "ExternalSource": 2 + pictures}
+    expected = {**nothing, "Slice": 2, "decoders__Image": pictures, "ExternalSource": 2 + pictures}
     del expected["_TensorSubscript"]
     check(make_spec(augment, "png"), expected)
 

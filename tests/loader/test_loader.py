@@ -1,93 +1,29 @@
-"""What the loader promises for every backend: same stream, exactly once, exact resume, nothing left behind."""
+"""What the loader promises for every backend: the same stream, each sample once, and errors that say what and where."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from augment_oracle import oracle
+from every_backend import CPU, FAST, FULL, MEAN, STD, Open, assert_same, by_id, skip_if_absent
+from test_augment import FULL as STRONG
+from test_augment import WRONG, WRONG_BORDERS
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import loader as loader_module
-from pairclip_fast.data.loader import Batch, Loader, choose_backend, make_loader
-from pairclip_fast.data.parameters import own_tiles, parameter_table
+from pairclip_fast.data.augment import Border
+from pairclip_fast.data.loader import Loader, choose_backend
+from pairclip_fast.data.parameters import own_tiles, parameter_table, parameter_table_in_numpy
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
-from pairclip_fast.native import Native, native
-
-CPU = torch.device("cpu")
-STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
-FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
-FAST = AugmentConfig(flip_probability=0.5, shift_pixels=3)
-BACKENDS = ("native", "twin", "reference", "dali")
-Open = Callable[..., Loader]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    skip_if_absent(request.param)
-    return str(request.param)
-
-
-def skip_if_absent(backend: str) -> None:
-    if backend == "dali" and not loader_module.dali_installed():
-        pytest.skip("DALI is not installed")
-    if backend == "native" and native().module is None:
-        pytest.skip(native().reason)
-
-
-def make_named_loader(folder: Path, *, backend: str, **options: Any) -> Loader:
-    """`make_loader`; "twin" is the native backend as it is without the C++ extension."""
-    with pytest.MonkeyPatch.context() as patch:
-        if backend == "twin":
-            patch.setattr(loader_module, "native", lambda: Native(None, "switched off in this test"))
-        return make_loader(folder, backend="native" if backend == "twin" else backend, **options)
-
-
-@pytest.fixture
-def open_loader(folders: dict[str, Path], events: EventLog) -> Iterator[Open]:
-    """A function that makes a loader over the 103 samples; all are closed at the end."""
-    opened: list[Loader] = []
-
-    def make(backend: str, *, encoding: str = "raw", folder: Path | None = None, **options: object) -> Loader:
-        settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU, "drop_last": False, **options}
-        opened.append(make_named_loader(folder or folders[encoding], backend=backend, events=events, **settings))
-        return opened[-1]
-
-    yield make
-    for loader in opened:
-        loader.close()
-
-
-def by_id(loader: Loader) -> dict[int, torch.Tensor]:
-    """One epoch: sample id -> picture. Each id must come once."""
-    pictures: dict[int, torch.Tensor] = {}
-    for batch in loader:
-        for sample_id, picture, valid in zip(batch.sample_ids.tolist(), batch.images, batch.valid.tolist(), strict=True):
-            if valid:
-                assert sample_id not in pictures
-                pictures[sample_id] = picture
-    return pictures
-
-
-def assert_same(first: Batch, second: Batch, *, tolerance: float = 0.0) -> None:
-    """`tolerance` in units of the 0..255 scale."""
-    assert (first.epoch, first.step) == (second.epoch, second.step)
-    for name in ("sample_ids", "caption_ids", "valid"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
-    assert ((first.images - second.images).abs() * STD).max() <= tolerance
+from pairclip_fast.native import Native
 
 
 def test_batches_are_what_the_contract_says(backend: str, open_loader: Open, folders: dict[str, Path]) -> None:
@@ -181,19 +117,60 @@ def test_epochs_are_augmented_differently_and_can_be_revisited(backend: str, ope
     assert all(torch.equal(first[i], again[i]) for i in range(103))
 
 
-def test_tiles_keep_their_sides(backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
+def check_sides(loader: Loader) -> None:
+    """Nothing blue on the left, nothing red on the right, and something of the right colour in the middle of each."""
+    for batch in loader:
+        values = batch.images * STD + MEAN
+        assert values[:, 1:, :, :32].abs().max() < 0.01, "the right tile is seen on the left"
+        assert values[:, :2, :, 32:].abs().max() < 0.01, "the left tile is seen on the right"
+        assert values[:, 0, 16, 16].min() > 200.0
+        assert values[:, 2, 16, 48].min() > 200.0
+
+
+SIDES = AugmentConfig(rotate_degrees=45.0, flip_probability=0.5, shift_pixels=4)
+
+
+@pytest.mark.parametrize("border", ["zero", "reflect"])
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_tiles_keep_their_sides(border: Border, encoding: str, backend: str, make_folder: Callable[..., Path], open_loader: Open) -> None:
     """Red tiles left, blue tiles right: no flip, rotation or shift may mix them."""
     pixels = np.zeros((20, 2, 32, 32, 3), dtype=np.uint8)
     pixels[:, 0, ..., 0], pixels[:, 1, ..., 2] = 255, 255
-    augment = AugmentConfig(rotate_degrees=45.0, flip_probability=0.5, shift_pixels=4)
-    loader = open_loader(backend, folder=make_folder(pixels), augment=augment)
-    mean = torch.tensor((125.0, 120.0, 110.0)).view(3, 1, 1)
-    for batch in loader:
-        values = batch.images * STD + mean
-        assert values[:, 1:, :, :32].abs().max() < 0.01
-        assert values[:, :2, :, 32:].abs().max() < 0.01
-        assert values[:, 0, 16, 16].min() > 200.0
-        assert values[:, 2, 16, 48].min() > 200.0
+    check_sides(open_loader(backend, folder=make_folder(pixels, encoding=encoding), augment=dataclasses.replace(SIDES, border=border)))
+
+
+@pytest.mark.parametrize("change", [{}, {"rotate_degrees": 0.0}, {"rotate_degrees": 0.0, "flip_probability": 0.0}], ids=str)
+def test_tiles_that_are_augmented_as_one_picture_would_be_noticed(
+    change: dict[str, float], backend: str, make_folder: Callable[..., Path], open_loader: Open
+) -> None:
+    stacked = np.zeros((20, 1, 32, 64, 3), dtype=np.uint8)
+    stacked[..., :32, 0], stacked[..., 32:, 2] = 255, 255
+    with pytest.raises(AssertionError, match="is seen"):
+        check_sides(open_loader(backend, folder=make_folder(stacked), augment=dataclasses.replace(SIDES, **change)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("border", "wrongs"), [("zero", WRONG), ("reflect", WRONG_BORDERS)], ids=["zero", "reflect"])
+def test_a_wrong_operation_would_be_noticed(border: Border, wrongs: list[str], backend: str, pixels: np.ndarray, open_loader: Open) -> None:
+    """A batch is the float64 oracle's, and none of those that its wrong versions make."""
+    augment, tolerance = dataclasses.replace(STRONG, border=border), 0.05 if backend == "dali" else 0.02
+    batch = next(iter(open_loader(backend, augment=augment, batch_size=8)))
+    ids = batch.sample_ids.numpy()
+    sources = own_tiles(ids, tiles=2)
+    table = parameter_table_in_numpy(ids, sources, tile_size=(32, 32), seed=5, epoch=0, augment=augment)
+    made = (batch.images * STD + MEAN).permute(0, 2, 3, 1).numpy()
+    assert abs(made - oracle(pixels[ids], table, border=border)).max() < tolerance
+    for wrong in wrongs:
+        assert abs(made - oracle(pixels[ids], table, border=border, wrong=wrong)).max() > 10 * tolerance, wrong
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_the_number_of_threads_changes_nothing(encoding: str, backend: str, open_loader: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
+    for threads in (1, 3):
+        monkeypatch.setattr(loader_module, "usable_threads", lambda threads=threads, **_: threads)
+        torch.set_num_threads(threads)
+        streams.append(by_id(open_loader(backend, encoding=encoding)))
+    assert all(torch.equal(picture, streams[1][sample_id]) for sample_id, picture in streams[0].items())
 
 
 @pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 24, 16)])
@@ -212,174 +189,6 @@ def test_any_number_and_size_of_tiles(
             torch.from_numpy(pixels[ids]).permute(0, 1, 4, 2, 3), table, mean=(125.0, 120.0, 110.0), std=(60.0, 61.0, 65.0)
         )
         assert ((batch.images - expected).abs() * STD).max() < 0.05
-
-
-def test_resume_anywhere_is_exact(backend: str, open_loader: Open) -> None:
-    whole = open_loader(backend)
-    expected = [*whole, *whole, *whole]
-    interrupted = open_loader(backend)
-    seen: list[Batch] = []
-    for stop in (3, 7, 1, 10, 100):
-        for count, batch in enumerate(_endless(interrupted), start=1):
-            seen.append(batch)
-            if count == stop or len(seen) == len(expected):
-                break
-        state = json.loads(json.dumps(interrupted.state_dict()))
-        assert len(json.dumps(state)) < 300
-        interrupted.close()
-        if len(seen) == len(expected):
-            break
-        interrupted = open_loader(backend)
-        interrupted.load_state_dict(state)
-    for first, second in zip(seen, expected, strict=True):
-        assert_same(first, second)
-
-
-def _endless(loader: Loader) -> Iterator[Batch]:
-    while True:
-        yield from loader
-
-
-def test_state_counts_what_was_delivered_not_what_was_prefetched(backend: str, open_loader: Open) -> None:
-    loader = open_loader(backend)
-    iterator = iter(loader)
-    states = []
-    for _ in range(7):
-        next(iterator)
-        time.sleep(0.01)  # lets the thread run ahead
-        states.append((loader.state_dict()["epoch"], loader.state_dict()["cursor"]))
-    assert states == [(0, 16), (0, 32), (0, 48), (0, 64), (0, 80), (0, 96), (1, 0)]
-    assert next(iterator, None) is None
-    assert (loader.state_dict()["epoch"], loader.state_dict()["cursor"]) == (1, 0)
-
-
-def test_the_batch_size_may_change_at_a_resume(backend: str, open_loader: Open) -> None:
-    first = open_loader(backend, augment=None)
-    iterator = iter(first)
-    ids = [next(iterator).sample_ids for _ in range(2)]
-    second = open_loader(backend, augment=None, batch_size=9, drop_last=True)
-    second.load_state_dict(first.state_dict())
-    ids += [batch.sample_ids[batch.valid] for batch in second]
-    order = Plan(num_samples=103, batch_size=1, seed=5).order(0)
-    assert torch.cat(ids).tolist() == order[: 32 + 71 // 9 * 9].tolist()
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 6}, {"shuffle": False}, {"augment": None}, {"encoding": "png"}], ids=["seed", "shuffle", "augment", "data"]
-)
-def test_a_state_of_another_stream_is_refused(change: dict[str, object], open_loader: Open) -> None:
-    state = open_loader("reference").state_dict()
-    other = open_loader("reference", **change)
-    (name,) = (name for name in state if other.state_dict()[name] != state[name])
-    with pytest.raises(DataError) as caught:
-        other.load_state_dict(state)
-    assert f"{name}={state[name]}" in str(caught.value.expected)
-    assert f"{name}={other.state_dict()[name]}" in str(caught.value.got)
-
-
-@pytest.mark.parametrize("damage", [{"cursor": -1}, {"cursor": 104}, {"epoch": -1}, {"cursor": "x"}, {"v": 2}, {"epoch": None}], ids=str)
-def test_a_damaged_state_is_refused(damage: dict[str, object], open_loader: Open) -> None:
-    loader = open_loader("reference")
-    state = {key: value for key, value in {**loader.state_dict(), **damage}.items() if value is not None}
-    with pytest.raises(DataError):
-        loader.load_state_dict(state)
-
-
-def _resources() -> tuple[int, int]:
-    gc.collect()
-    return sum(thread.name == "pairclip-loader" for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
-
-
-def _native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names only
-
-
-def test_nothing_is_left_behind(backend: str, folders: dict[str, Path], events: EventLog) -> None:
-    """Break off early, forget the iterator, close in the middle, leave it to the garbage collector: nothing stays."""
-
-    def once(way: str) -> None:
-        settings = {"split": "train", "batch_size": 8, "augment": FAST, "seed": 0, "device": CPU}
-        loader = make_named_loader(folders["raw"], backend=backend, events=events, **settings)
-        iterator = iter(loader)
-        next(iterator)
-        if way == "break":
-            for _ in iterator:
-                break
-        if way == "exception":
-            with pytest.raises(KeyError):
-                _fail(loader)
-        if way == "two iterators":
-            next(iter(loader))
-        if way != "drop":
-            loader.close()
-            assert next(iterator, None) is None
-
-    for way in ("break", "drop"):
-        once(way)  # what the libraries keep for good is there now
-    before, native = _resources(), _native_threads()
-    assert before[0] == 0
-    for way in ("break", "exception", "two iterators", "drop", "close"):
-        once(way)
-        assert _resources() == before, way
-    assert _native_threads() <= native + 1
-
-
-LEAVE_IN_THE_MIDDLE = """
-import sys, torch
-from pathlib import Path
-from typing import Any
-from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.loader import make_loader
-from pairclip_fast.events import EventLog
-loader = make_loader(Path(sys.argv[1]), split="train", batch_size=16, augment=AugmentConfig(rotate_degrees=5.0, saturation=0.5), seed=0,
-                     device=torch.device("cpu"), events=EventLog(console=False), backend="reference")
-for batch in loader:
-    sys.exit(7)
-"""
-
-
-def test_a_process_may_end_in_the_middle(folders: dict[str, Path]) -> None:
-    """The thread may be inside torch at that moment, which used to abort the process."""
-    done = subprocess.run([sys.executable, "-c", LEAVE_IN_THE_MIDDLE, folders["raw"]], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (7, "")
-
-
-def _fail(loader: Loader) -> None:
-    for _ in loader:
-        raise KeyError
-
-
-def test_closing_twice_and_while_iterating_is_fine(backend: str, open_loader: Open) -> None:
-    loader = open_loader(backend)
-    for number, _ in enumerate(loader):
-        if number == 1:
-            loader.close()
-    assert number == 1
-    loader.close()
-
-
-def test_a_new_iterator_takes_over(backend: str, open_loader: Open) -> None:
-    loader = open_loader(backend, augment=None)
-    first = iter(loader)
-    delivered = [next(first)]
-    second = iter(loader)
-    delivered += list(second)
-    assert next(first, None) is None
-    assert [batch.step for batch in delivered] == list(range(7))
-    assert loader.state_dict()["epoch"] == 1
-
-
-def test_pictures_stay_what_they_were(backend: str, open_loader: Open) -> None:
-    """No buffer is reused under the consumer's hands, even after the loader is gone."""
-    loader = open_loader(backend)
-    kept = list(loader)
-    copies = [batch.images.clone() for batch in kept]
-    for _ in loader:
-        pass
-    loader.close()
-    del loader
-    gc.collect()
-    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))
 
 
 @pytest.mark.parametrize("encoding", ["png", "jpeg"])

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import io
-import itertools
 import random
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from picture_files import SIGNATURE, chunk, filtered, interlaced_png, made_png, pictures_of, saved, sixteen_bit_png
 from PIL import Image
 from test_native_core import CORE, make_filler, make_records
 
 from pairclip_fast.data.backends.native import NativeExecutor
 from pairclip_fast.data.backends.pictures import PictureStore
+from pairclip_fast.data.loader import make_loader
 from pairclip_fast.data.parameters import identity_table, own_tiles
 from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.events import EventLog
 from pairclip_fast.native import native
 
 pytestmark = pytest.mark.skipif(native().module is None, reason=native().reason)
 SHAPE = (2, 32, 32, 3)
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def needs(encoding: str) -> None:
@@ -37,47 +36,6 @@ def decode(payloads: list[bytes], encoding: str) -> tuple[np.ndarray, list[int]]
     pictures = np.zeros((len(payloads), 32, 64, 3), dtype=np.uint8)
     _, refused = make_filler(SHAPE, threads=2).decode(make_records(payloads), encoding, ids, ids, pictures)
     return pictures, refused
-
-
-def pictures_of(count: int) -> np.ndarray:
-    """Gradients with some noise: every filter of PNG finds something to predict."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[0:32, 0:64]
-    waves = 128 + 100 * np.sin(rows * rng.uniform(0, 0.4, (count, 3, 1, 1)) + columns * rng.uniform(0, 0.4, (count, 3, 1, 1)))
-    return np.clip(waves + rng.normal(0, 4, waves.shape), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()
-
-
-def saved(picture: np.ndarray, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind, **options)
-    return file.getvalue()
-
-
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def made_png(rows: bytes, *, header: tuple[int, ...] = (64, 32, 8, 2, 0, 0, 0), pieces: int = 1, extra: bytes = b"") -> bytes:
-    """A PNG from filtered rows, its data in so many chunks."""
-    data = zlib.compress(rows)
-    cut = [len(data) * k // pieces for k in range(pieces + 1)]
-    parts = b"".join(chunk(b"IDAT", data[a:b]) for a, b in itertools.pairwise(cut))
-    return SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", *header)) + extra + parts + chunk(b"IEND", b"")
-
-
-def filtered(picture: np.ndarray, filters: list[int]) -> bytes:
-    """Rows with the filters of the PNG specification applied, byte by byte."""
-    rows, above = [], [0] * 192
-    for row, kind in zip(picture.reshape(32, 192).tolist(), filters, strict=True):
-        out = [kind]
-        for i, value in enumerate(row):
-            left, up, corner = (row[i - 3], above[i], above[i - 3]) if i >= 3 else (0, above[i], 0)
-            estimate = left + up - corner
-            paeth = min((abs(estimate - left), 0, left), (abs(estimate - up), 1, up), (abs(estimate - corner), 2, corner))[2]
-            out.append((value - [0, left, up, (left + up) // 2, paeth][kind]) % 256)
-        rows.append(bytes(out))
-        above = row
-    return b"".join(rows)
 
 
 @pytest.mark.parametrize("filters", [[k] * 32 for k in range(5)] + [[k % 5 for k in range(32)]], ids=["0", "1", "2", "3", "4", "all"])
@@ -119,8 +77,8 @@ def test_other_kinds_are_left_to_pillow() -> None:
         "grey": saved(picture[..., 0], "PNG"),
         "palette": saved(picture[..., 0], "PNG", bits=4),
         "alpha": saved(np.dstack([picture, picture[..., :1]]), "PNG"),
-        "16 bits": made_png(plain * 2, header=(64, 32, 16, 2, 0, 0, 0)),
-        "interlaced": made_png(plain, header=(64, 32, 8, 2, 0, 0, 1)),
+        "16 bits": sixteen_bit_png(picture),
+        "interlaced": interlaced_png(picture),
         "narrower": saved(picture[:, :63], "PNG"),
         "higher": made_png(plain, header=(64, 33, 8, 2, 0, 0, 0)),
         "huge": made_png(plain, header=(2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)),
@@ -136,7 +94,8 @@ def test_other_kinds_are_left_to_pillow() -> None:
     _, refused = decode(list(kinds.values()), "png")
     assert [name for k, name in enumerate(kinds) if k not in refused] == []
     assert decode([made_png(plain, extra=chunk(b"tEXt", b"anything"))], "png")[1] == []
-    jpegs = [saved(picture[..., 0], "JPEG"), saved(picture[:, :63], "JPEG"), b"", b"\xff\xd8", saved(picture, "PNG")]
+    cmyk = saved(np.dstack([picture, picture[..., :1]]), "JPEG", mode="CMYK")
+    jpegs = [cmyk, saved(picture[..., 0], "JPEG"), saved(picture[:, :63], "JPEG"), b"", b"\xff\xd8", saved(picture, "PNG")]
     assert decode(jpegs, "jpeg")[1] == list(range(len(jpegs)))
 
 
@@ -194,3 +153,19 @@ def test_pictures_that_do_not_fit_in_memory_are_decoded_for_each_batch(encoding:
             store.close()
             store.close()
         executor.close()
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+def test_a_build_without_the_library_decodes_with_pillow_and_says_so(
+    encoding: str, folders: dict[str, Path], events: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"split": "train", "batch_size": 16, "augment": None, "seed": 5, "device": torch.device("cpu")}
+    monkeypatch.setattr(CORE, "decoder_library", lambda encoding: None)
+    poor = make_loader(folders[encoding], backend="native", events=events, **settings)
+    (event,) = events.fallbacks
+    assert (event["what"], event["chosen"]) == (f"decoding of {encoding}", "Pillow")
+    reference = make_loader(folders[encoding], backend="reference", events=events, **settings)
+    for first, second in zip(poor, reference, strict=True):
+        assert (first.images - second.images).abs().max() < 1e-5
+    poor.close()
+    reference.close()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from augment_oracle import MEAN, STD, oracle
+from every_backend import Open
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import recipe
 from pairclip_fast.data.composition import Composition
-from pairclip_fast.data.loader import Batch, Loader, dali_installed, make_loader
+from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.data.parameters import own_tiles, parameter_table
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import DataError
-from pairclip_fast.events import EventLog
 
-CPU = torch.device("cpu")
 PAIRS = AugmentConfig(pairing="resampled", swap_probability=0.5)
 EVERYTHING = AugmentConfig(
     rotate_degrees=10.0,
@@ -40,28 +39,16 @@ EVERYTHING = AugmentConfig(
 MIXED = {mix: dataclasses.replace(EVERYTHING, mix=mix, mix_probability=0.8) for mix in ("mixup", "cutmix")}
 TOLERANCE = 0.05
 """In units of the 0..255 scale: DALI's, the reference backend stays below 0.02."""
-Open = Callable[..., Loader]
-
-
-@pytest.fixture(params=["reference", "dali"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "dali" and not dali_installed():
-        pytest.skip("DALI is not installed")
-    return str(request.param)
 
 
 @pytest.fixture
-def open_loader(folders: dict[str, Path], events: EventLog) -> Iterator[Open]:
-    opened: list[Loader] = []
+def open_loader(open_loader: Open) -> Open:
+    """As everywhere, but with everything switched on."""
 
-    def make(backend: str, *, encoding: str = "raw", folder: Path | None = None, **options: object) -> Loader:
-        settings = {"split": "train", "batch_size": 16, "augment": EVERYTHING, "seed": 5, "device": CPU, "drop_last": False, **options}
-        opened.append(make_loader(folder or folders[encoding], backend=backend, events=events, **settings))
-        return opened[-1]
+    def make(backend: str, **options: object) -> Loader:
+        return open_loader(backend, **{"augment": EVERYTHING, **options})
 
-    yield make
-    for loader in opened:
-        loader.close()
+    return make
 
 
 @pytest.fixture(scope="module")

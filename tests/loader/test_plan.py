@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,6 +71,53 @@ def test_changing_the_batch_size_midway_keeps_the_sequence(n: int, batches: list
         seen += ids[valid].tolist()
         cursor += batch
     assert seen == plan.order(0)[: len(seen)].tolist()
+
+
+IdsAt = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+def never_or_twice(count: int, *, epochs: int, ids_at: IdsAt = Plan.ids_at) -> int:
+    """Ids that did not come exactly once in some epoch, which is left and entered again with other batches and ranks."""
+    rng, wrong = random.Random(count), 0
+    for epoch in range(epochs):
+        times, cursor = np.zeros(count, dtype=np.int64), 0
+        while cursor < count:
+            world_size = rng.choice((1, 2, 3, 8, 16))
+            batch_size = world_size * rng.randint(1, 8_192 // world_size)
+            ranks = [
+                Plan(num_samples=count, batch_size=batch_size, seed=9, world_size=world_size, rank=rank, drop_last=False)
+                for rank in range(world_size)
+            ]
+            for _ in range(min(rng.randint(1, 4), ranks[0].steps_from(cursor))):
+                for plan in ranks:
+                    ids, valid = ids_at(plan, epoch, cursor=cursor)
+                    times[ids[valid]] += 1
+                cursor += batch_size
+        wrong += int((times != 1).sum())
+    return wrong
+
+
+@pytest.mark.parametrize("count", [45_000, 50_000])
+def test_a_hundred_epochs_of_full_size(count: int) -> None:
+    assert never_or_twice(count, epochs=100) == 0
+
+
+def overlapping(plan: Plan, epoch: int, *, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    return Plan.ids_at(plan, epoch, cursor=max(cursor - 1, 0))
+
+
+def without_ranks(plan: Plan, epoch: int, *, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    return Plan.ids_at(dataclasses.replace(plan, rank=0), epoch, cursor=cursor)
+
+
+def shuffled_again(plan: Plan, epoch: int, *, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+    """As by a loader that draws a new order for each number of ranks."""
+    return Plan.ids_at(dataclasses.replace(plan, seed=plan.world_size), epoch, cursor=cursor)
+
+
+@pytest.mark.parametrize("wrong", [overlapping, without_ranks, shuffled_again])
+def test_wrong_plans_would_be_noticed(wrong: IdsAt) -> None:
+    assert never_or_twice(5_000, epochs=20, ids_at=wrong) > 0
 
 
 def test_ranks_have_the_same_number_of_equally_large_batches() -> None:

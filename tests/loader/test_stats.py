@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-from test_loader import CPU, FULL, make_named_loader
+from every_backend import CPU, FULL, make_named_loader
 
 from pairclip_fast.data.stats import LoaderStats, starvation
 from pairclip_fast.events import EventLog
@@ -44,7 +40,6 @@ def test_windows_are_differences() -> None:
     assert kept.batches == 15
 
 
-@pytest.mark.parametrize("backend", ["native", "twin", "reference"])
 def test_the_loader_counts(backend: str, folders: dict[str, Path], events: EventLog) -> None:
     settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU}
     loader = make_named_loader(folders["raw"], backend=backend, events=events, **settings)
@@ -58,27 +53,3 @@ def test_the_loader_counts(backend: str, folders: dict[str, Path], events: Event
     assert 0.0 < stats.fill_cpu_s < 9.0 * stats.fill_s
     assert 0 <= stats.ready <= 2 * stats.batches
     assert stats.bytes_read >= 103 * 6144
-
-
-def test_a_forked_process_goes_on_with_an_iterator_of_its_own(folders: dict[str, Path], events: EventLog) -> None:
-    """As a DataLoader worker or a launcher would: the parent's threads are not there, new ones are started."""
-    settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU}
-    loader = make_named_loader(folders["raw"], backend="native", events=events, **settings)
-    expected = [batch.images for batch in loader]
-    child = os.fork()
-    if child == 0:
-        loader.set_epoch(0)
-        same = all(torch.equal(batch.images, images) for batch, images in zip(loader, expected, strict=True))
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    loader.close()
-
-
-def test_nothing_is_written_to_shared_memory(folders: dict[str, Path], events: EventLog) -> None:
-    shared: Callable[[], list[str]] = lambda: sorted(os.listdir("/dev/shm"))  # noqa: E731, PTH208 - names only
-    before = shared()
-    settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "device": CPU}
-    loader = make_named_loader(folders["png"], backend="native", events=events, **settings)
-    next(iter(loader))
-    assert shared() == before
-    loader.close()

@@ -1,4 +1,4 @@
-"""A tiny data folder, a tiny configuration, and a disk that dies at the n-th operation."""
+"""A tiny data folder and a tiny configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.events import Event, EventLog
-from pairclip_fast.storage import FileSystem
 from pairclip_fast.text.bank import bank_for
 
 CONFIG = """
@@ -45,66 +44,6 @@ loader = "reference"
 """Three epochs of four steps."""
 
 
-class PowerCut(BaseException):
-    """Not an `Exception`: nothing may catch it and carry on."""
-
-
-class CrashingStorage(FileSystem):
-    """The real file system until operation number `last`; `lose_power` then undoes what was not synced."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.count = last, 0
-        self._content: set[Path] = set()
-        self._renames: list[tuple[Path, Path]] = []
-
-    def _step(self) -> None:
-        self.count += 1
-        if self.count > self.last:
-            raise PowerCut
-
-    def open_for_writing(self, path: Path) -> IO[bytes]:
-        self._step()
-        self._content.add(path)
-        return super().open_for_writing(path)
-
-    def write(self, file: IO[bytes], data: bytes | memoryview) -> None:
-        self._step()
-        super().write(file, data)
-
-    def fsync(self, file: IO[bytes]) -> None:
-        self._step()
-        super().fsync(file)
-        self._content.discard(Path(file.name))
-
-    def fsync_folder(self, path: Path) -> None:
-        self._step()
-        super().fsync_folder(path)
-        self._renames = [(source, target) for source, target in self._renames if target.parent != path]
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step()
-        super().rename(source, target)
-        self._renames.append((source, target))
-        self._content = {target / path.relative_to(source) if path.is_relative_to(source) else path for path in self._content}
-
-    def mkdir(self, path: Path) -> None:
-        self._step()
-        super().mkdir(path)
-
-    def remove_tree(self, path: Path) -> None:
-        self._step()
-        super().remove_tree(path)
-
-    def lose_power(self) -> None:
-        """Empty the files that were not synced and take back the renames whose folder was not."""
-        for path in self._content:
-            if path.exists():
-                path.write_bytes(b"")
-        for source, target in reversed(self._renames):
-            if target.exists() and not source.exists():
-                target.rename(source)
-
-
 @pytest.fixture
 def events() -> Iterator[EventLog]:
     log = EventLog(None, console=False)
@@ -118,11 +57,6 @@ def recorded(events: EventLog) -> list[Event]:
     found: list[Event] = []
     events.subscribe(found.append)
     return found
-
-
-@pytest.fixture(scope="session")
-def crashing_storage() -> type[CrashingStorage]:
-    return CrashingStorage
 
 
 @pytest.fixture(scope="session")

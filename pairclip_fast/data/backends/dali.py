@@ -57,9 +57,7 @@ class DaliExecutor:
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
-            pictures, *shapes = self._pipeline.run(**feed)
-            if any((np.asarray(shape.as_tensor()) != self._spec.picture_shape).any() for shape in shapes):
-                raise RuntimeError("a picture has another size than the manifest says")
+            (pictures,) = self._pipeline.run(**feed)
             images: Tensor = torch.utils.dlpack.from_dlpack(pictures.as_tensor())
         except RuntimeError as error:
             self._pipeline = None

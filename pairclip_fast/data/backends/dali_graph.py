@@ -63,11 +63,6 @@ class GraphSpec:
         return self.tiles if self.augment.pairing == "resampled" else 1
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of a stacked picture."""
-        return (self.height, self.tiles * self.width, 3)
-
-    @property
     def moves(self) -> bool:
         """Whether a tile may come from another place of its picture."""
         return self.augment.pairing == "resampled" or self.augment.swap_probability > 0.0
@@ -109,26 +104,26 @@ def make_pipeline(spec: GraphSpec, *, kind: Kind, device_id: int | None, batch_s
     # One batch in flight: inputs are handed to `run`, which DALI allows for a queue of 1 only.
     pipeline = Pipeline(batch_size=batch_size, num_threads=num_threads, device_id=device_id, seed=0, prefetch_queue_depth=1)
     with pipeline:
-        pipeline.set_outputs(*graph(spec, kind=kind))
+        pipeline.set_outputs(graph(spec, kind=kind))
     return pipeline
 
 
-def graph(spec: GraphSpec, *, kind: Kind) -> list[Any]:
+def graph(spec: GraphSpec, *, kind: Kind) -> Any:
     """The operations from members of the shards to normalised pictures, float32 CHW; the same for both devices.
 
-    Further outputs are the shapes of the decoded pictures: one of another size would be cut to fit without a word.
+    Pictures must be RGB and of the right size: DALI would convert or cut others to fit without a word.
     """
     if spec.encoding == "raw":
         sample = fn.external_source(name="tiles", device=kind, layout="FHWC", dtype=types.UINT8, ndim=4)
-        pictures, tiles = [], [sample[t] for t in range(spec.tiles)]
+        tiles = [sample[t] for t in range(spec.tiles)]
     else:
         # JPEG is decoded on the GPU; PNG, which DALI decodes on no GPU, by `mixed` on the CPU and then uploaded.
-        decoder = {"device": "cpu" if kind == "cpu" else "mixed", "output_type": types.RGB}
+        # No decoder of ours turns pictures by their EXIF orientation.
+        decoder = {"device": "cpu" if kind == "cpu" else "mixed", "output_type": types.RGB, "adjust_orientation": False}
         encoded = [fn.external_source(name=f"encoded{k}", device="cpu", dtype=types.UINT8, ndim=1) for k in range(spec.pictures)]
         pictures = [fn.decoders.image(picture, **decoder) for picture in encoded]
         tiles = [_part(spec, pictures[t % spec.pictures], t) for t in range(spec.tiles)]
-    joined = fn.cat(*[_augment_tile(spec, tile, t) for t, tile in enumerate(tiles)], axis_name="W")
-    return [joined, *(picture.shape() for picture in pictures)]
+    return fn.cat(*[_augment_tile(spec, tile, t) for t, tile in enumerate(tiles)], axis_name="W")
 
 
 def _part(spec: GraphSpec, picture: Any, t: int) -> Any:
