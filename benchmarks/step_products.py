@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
-REPEATS = 3
-"""Times that a product is computed; the fastest counts, for a bound may not be spoilt by the neighbours of a shared machine."""
+REPEATS, SECONDS = 3, 0.15
+"""A product is computed so many times and at least so long; the fastest counts, for a bound may not be spoilt by the neighbours
+of a shared machine."""
 aten = torch.ops.aten
 MULTIPLIED = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 """Where the two factors begin among the arguments."""
@@ -129,6 +130,14 @@ def products(encoder: nn.Module, *, images: tuple[int, ...], captions: int) -> C
     return watch.found
 
 
+def fastest(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of many calls."""
+    taken: list[float] = []
+    while len(taken) < REPEATS or sum(taken) < SECONDS:
+        taken.append(timing.measure(call).wall_s)
+    return min(taken)
+
+
 @torch.no_grad()
 def rates(found: Counter[Product], *, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Time every product by itself; rows in order of their share."""
@@ -136,7 +145,7 @@ def rates(found: Counter[Product], *, dtype: torch.dtype) -> list[dict[str, Any]
     for product, count in found.items():
         call = product.call(dtype)
         call()
-        seconds = min(timing.measure(call).wall_s for _ in range(REPEATS))
+        seconds = fastest(call)
         rows.append(
             {
                 "kind": product.kind,

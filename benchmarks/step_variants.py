@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from reference_loss import infonce_loss
+from step_text import text_tower
 from torch import Tensor, nn
 from training_rows import reference
 
@@ -26,7 +27,6 @@ from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models import attention
 from pairclip_fast.models.build import build_model
-from pairclip_fast.text.sentence import find_minilm, load_sentence_encoder
 from pairclip_fast.train.loop import Trainee, train_step
 from pairclip_fast.train.setup import Parts
 
@@ -179,29 +179,6 @@ def _expected_infonce(features: Tensor, captions: Tensor) -> Tensor:
     """The report lets identical captions of a batch compete: to the definition they are all different."""
     own = torch.arange(len(features))
     return infonce_loss(features, captions, own, groups=own, scale=1 / REPORT_TEMPERATURE)
-
-
-def text_tower(*, events: EventLog) -> tuple[str, Callable[[list[str]], Tensor], int]:
-    """Name, function and width of a frozen text encoder: MiniLM, or random weights of its size where it is not installed."""
-    files = find_minilm()
-    if files is not None:
-        encoder = load_sentence_encoder(files, device=torch.device("cpu"))
-        return encoder.model, lambda captions: encoder.encode(captions, events=events), encoder.dim
-    width, tokens = 384, 19  # of MiniLM-L6; a caption of the template has about 19 word pieces
-    layer = nn.TransformerEncoderLayer(width, 12, 1536, activation="gelu", batch_first=True)
-    tower = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval().requires_grad_(False)
-    words = torch.randn(30_522, width, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def embed(captions: list[str]) -> Tensor:
-        rows = [torch.randint(len(words), (tokens,), generator=torch.Generator().manual_seed(_number(one))) for one in captions]
-        return F.normalize(tower(words[torch.stack(rows)]).mean(dim=1), dim=-1)
-
-    return "stand-in: random weights of MiniLM-L6's size", embed, width
-
-
-def _number(caption: str) -> int:
-    return int.from_bytes(caption.encode()[-30:], "little") % 2**31
 
 
 def verify(step: Step, batch: Batch) -> tuple[float, float]:

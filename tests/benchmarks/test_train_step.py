@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import step_products
-import step_variants
+import step_text
 import torch
 import train_step
 from torch import nn
@@ -36,7 +36,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(train_step, "configuration", tiny)
     monkeypatch.setattr(train_step, "DATA_PAIRS", 64)
-    monkeypatch.setattr(step_variants, "find_minilm", lambda: None)
+    monkeypatch.setattr(step_text, "find_minilm", lambda: None)
 
 
 def test_it_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
