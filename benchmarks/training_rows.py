@@ -84,7 +84,7 @@ class Bench:
             NumericsError: the loss is not finite or not that of the reference.
         """
         started = time.monotonic()
-        parts = self._parts(config)
+        parts = self.parts(config)
         placement = parts.placement
         gc.collect()  # the last row's model, so that the peak memory is this row's
         placement.forget_memory_peak()
@@ -158,7 +158,7 @@ class Bench:
         counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
         return {item: size / GIB for item, size in counted.items() if size is not None}
 
-    def _parts(self, config: RunConfig) -> Parts:
+    def parts(self, config: RunConfig) -> Parts:
         """What the configuration trains with, on this machine."""
         placement = choose_device(config.train.device, events=self.events)
         placement.configure()
