@@ -63,8 +63,7 @@ class TileConv(ImageEncoder):
             )
         widths = [FILTERS, *(multiple * config.width for multiple in STAGE_WIDTHS)]
         self.tiles, self.feature_width = tiles, tiles * widths[-1]
-        self.stem = WhitenedStem()
-        self.activation = ACTIVATIONS[config.activation]()
+        self.stem = WhitenedStem(ACTIVATIONS[config.activation]())
         self.stages = nn.Sequential(
             *(Stage(inputs, outputs, activation=config.activation) for inputs, outputs in itertools.pairwise(widths))
         )
@@ -72,7 +71,7 @@ class TileConv(ImageEncoder):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         tiles = split_tiles(images, tiles=self.tiles).contiguous(memory_format=torch.channels_last)
-        pixels = self.activation(self.stem(tiles))
+        pixels = self.run(self.stem, tiles)
         for stage in self.stages:
             pixels = self.run(stage, pixels)
         return join_tiles(F.adaptive_max_pool2d(pixels, 1).flatten(1), tiles=self.tiles)

@@ -29,18 +29,23 @@ class WhitenedStem(nn.Module):
     """A valid 2x2 convolution with fixed filters and a trained bias: [B, 3, H, W] to [B, 24, H - 1, W - 1].
 
     Until `fit` has seen pictures, the filters are the single pixels of a patch and their negatives.
+
+    Args:
+        activation: Follows; none by default.
     """
 
     weight: Tensor
     """[24, 3, 2, 2]; a buffer: saved with the model, not trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: nn.Module | None = None) -> None:
         super().__init__()
+        self.activation = activation or nn.Identity()
         self.register_buffer("weight", _with_opposites(torch.eye(AXES)))
         self.bias = nn.Parameter(torch.zeros(FILTERS))
 
     def forward(self, tiles: Float[Tensor, "folded 3 height width"]) -> Float[Tensor, "folded 24 rows columns"]:
-        return F.conv2d(tiles, self.weight, self.bias)
+        activated: Tensor = self.activation(F.conv2d(tiles, self.weight, self.bias))
+        return activated
 
     @torch.no_grad()
     def fit(self, tiles: Float[Tensor, "folded 3 height width"]) -> None:

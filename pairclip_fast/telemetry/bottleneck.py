@@ -14,6 +14,7 @@ from pairclip_fast.telemetry.time_ledger import Phase
 TOLERABLE: Mapping[Phase, float] = {
     "wait": 0.05,
     "copy": 0.05,
+    "resize": 0.05,
     "loss": 0.10,
     "optimizer": 0.15,
     "evaluation": 0.20,
@@ -25,6 +26,7 @@ TOLERABLE: Mapping[Phase, float] = {
 ADVICE: Mapping[Phase, str] = {
     "wait": "the loader is behind: try --loader native or dali, fewer augmentations, or leave it more cores",
     "copy": "copies to the device: try a larger --batch-size, or a loader that fills batches on the device (--loader dali)",
+    "resize": "resizing the tiles for this phase: fewer sizes in train.progressive, or none",
     "forward": "the model's forward pass: try --amp, --compile on, a larger --batch-size or a smaller preset",
     "loss": "the loss over the captions: try --bank whiten with a smaller bank.rank, or a larger --batch-size",
     "backward": "the model's backward pass: try --amp, --compile on, a larger --batch-size or a smaller preset",

@@ -36,13 +36,15 @@ def test_the_convolutional_model_by_hand() -> None:
     width = 8
     with torch.device("meta"):
         model = build_model(TileConvConfig(width=width), tiles=2, tile_size=(32, 32), dim=16)
-    multiply_adds = 27 * width * 1024
-    for level in range(3):
-        narrow, wide, pixels = width << level, width << (level + 1), (16 >> level) ** 2
-        multiply_adds += 9 * (narrow + wide) * wide * pixels
+    stem = 12 * 24 * 31**2
+    multiply_adds, channels, side = stem, 24, 31
+    for wide in (width, 4 * width, 4 * width):
+        multiply_adds += 9 * channels * wide * side**2 + 9 * wide**2 * (side // 2) ** 2
+        channels, side = wide, side // 2
     cost = model_cost(model, image_shape=SHAPE, num_captions=0)
-    assert cost.forward_flops == 2 * (2 * multiply_adds + 16 * width * 16)
-    assert cost.training_flops == 3 * cost.forward_flops - 2 * 2 * 27 * width * 1024
+    assert cost.forward_flops == 2 * (2 * multiply_adds + 8 * width * 16)
+    # The stem is fixed: no gradient to the pictures, none to its filters.
+    assert cost.training_flops == 3 * cost.forward_flops - 2 * 2 * 2 * stem
 
 
 @pytest.mark.parametrize("config", [TileViTConfig(depth=1), ViTConfig(width=64, depth=1, heads=2, mlp_width=64)])

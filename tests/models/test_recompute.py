@@ -18,7 +18,7 @@ SHAPE = (3, 32, 64)
 CONFIGS = [
     ViTConfig(width=32, depth=3, heads=2, mlp_width=64),
     TileViTConfig(width=32, depth=3, heads=2, mlp_width=64, stem_width=8),
-    TileConvConfig(width=4),
+    TileConvConfig(width=16),
 ]
 
 

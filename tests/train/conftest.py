@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +118,27 @@ def write_config() -> Callable[..., Path]:
         return path
 
     return write
+
+
+PROGRAM = """
+import sys
+from pairclip_fast.cli import main
+from pairclip_fast.train import planning
+planning.PROBE_SECONDS = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Threads of one step wait for each other; on a busy machine that takes most of the time."""
+
+
+@pytest.fixture
+def train_alone() -> Callable[..., str]:
+    """Run `pairclip-fast train` in a process of its own, as memory belongs to processes; what it said."""
+
+    def run(*arguments: str) -> str:
+        command, environment = [sys.executable, "-c", PROGRAM, "train", *arguments], os.environ | ONE_THREAD
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=150)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run

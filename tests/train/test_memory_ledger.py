@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from pairclip_fast.events import read_events
-from pairclip_fast.telemetry import memory, timing
+from pairclip_fast.telemetry import memory
 from pairclip_fast.telemetry.memory import GIB, MemoryReading, host_memory, host_pss, host_reading
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger, explained_peak
-from pairclip_fast.train import planning
 from pairclip_fast.train.accounting import optimizer_bytes, tensors_of, unique_bytes
-from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.optimizer import build_optimizer
-from pairclip_fast.train.options import TrainOptions
 
 MIB = 2**20
 CLOSE = 0.02
@@ -166,17 +163,16 @@ def test_a_shared_storage_counts_once() -> None:
 
 
 @pytest.fixture
-def told(data: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The `memory` event of a run with a model large enough to be measured."""
-    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
-    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
+def told(data: Path, tmp_path: Path, write_config: Callable[..., Path], train_alone: Callable[..., str]) -> dict[str, Any]:
+    """The `memory` event of a run with a model large enough to be measured, in a process of its own, as memory belongs to processes."""
     changes = {"model.width": 512, "model.mlp_width": 4096, "model.patch_size": 8, "train.epochs": 2}
-    run_train(TrainOptions(data=data, out=tmp_path / "run", config=write_config(tmp_path, changes)))
+    train_alone("--data", str(data), "--out", str(tmp_path / "run"), "--config", str(write_config(tmp_path, changes)))
     events = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "memory"]
     assert len(events) == 1, "once per attempt"
     return dict(events[0])
 
 
+@pytest.mark.timeout(180)
 def test_a_run_on_a_cpu_is_explained(told: dict[str, Any]) -> None:
     rows = {row["item"]: row for row in told["rows"]}
     assert told["device"] == "cpu"
@@ -184,5 +180,5 @@ def test_a_run_on_a_cpu_is_explained(told: dict[str, Any]) -> None:
         assert rows[item]["measured_gib"] == pytest.approx(rows[item]["counted_gib"], rel=0.15), item
     assert rows["activations"]["measured_gib"] == pytest.approx(rows["activations"]["counted_gib"], rel=0.3)
     assert 0 < rows["process"]["measured_gib"] <= told["peak_gib"] <= told["peak_with_evaluation_gib"]
-    assert 0.5 * told["peak_gib"] < told["explained_gib"] < 1.1 * told["peak_gib"]  # the process of the tests holds much else
+    assert 0.8 * told["peak_gib"] < told["explained_gib"] < 1.1 * told["peak_gib"]
     assert told["unexplained_gib"] == pytest.approx(told["peak_gib"] - told["explained_gib"])

@@ -134,7 +134,7 @@ def test_the_ledger_of_a_run_sums_to_its_wall_time(tiny: TrainOptions, tmp_path:
     result = run_train(tiny)
     totals = phases_of(tmp_path / "run")
     assert totals.total_s == pytest.approx(result["seconds"], rel=CLOSE)
-    assert set(totals.seconds) == set(PHASES)
+    assert set(totals.seconds) == set(PHASES) - {"resize"}
     finished = read_events(tmp_path / "run" / "events.jsonl")[-1]
     assert 0.0 < finished["telemetry_share"] < 1.0
 
