@@ -29,7 +29,7 @@ REPORT_MEMORY = ("the report's claim", "~15 M", "~60 MB", "", "", "", "", "~2 GB
 """From its section 3.3."""
 CAPTIONS, RAW_DIM = 10_000, 512
 """The report's bank: all pairs of 100 classes, CLIP ViT-B's width."""
-IMAGE_SHAPE = (3, 32, 64)
+TILE = 32
 OLDEST_CAPABILITY = (7, 5)
 """Of the CUDA 13 builds of torch, which the default index gives (torch 2.14: sm_75 to sm_120)."""
 
@@ -172,8 +172,8 @@ class StepCost:
 
 
 @functools.cache
-def step_cost(preset: str, batch_size: int, format_name: str = "bf16") -> StepCost:
-    """Operations of a step of a preset with the report's bank, counted once."""
+def step_cost(preset: str, batch_size: int, format_name: str = "bf16", *, tile: int = TILE) -> StepCost:
+    """Operations of a step of a preset on tiles of `tile` pixels with the report's bank, counted once."""
     import torch
 
     from pairclip_fast.models.build import build_model, count_parameters
@@ -181,10 +181,10 @@ def step_cost(preset: str, batch_size: int, format_name: str = "bf16") -> StepCo
 
     config = load_preset(preset)
     with torch.device("meta"):
-        model = build_model(config.model, tiles=2, tile_size=IMAGE_SHAPE[1:2] * 2, dim=bank_dim(config))
+        model = build_model(config.model, tiles=2, tile_size=(TILE, TILE), dim=bank_dim(config))
     captions = CAPTIONS if config.loss.kind == "bank" else 0
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[format_name]
-    work = step_work(model, image_shape=IMAGE_SHAPE, num_captions=captions, batch_size=batch_size, dtype=dtype)
+    work = step_work(model, image_shape=(3, tile, 2 * tile), num_captions=captions, batch_size=batch_size, dtype=dtype)
     return StepCost(sum(one.flops for one in work) / batch_size / 1e9, count_parameters(model), work)
 
 
@@ -197,8 +197,10 @@ def least_epoch_s(gpu: Gpu, preset: str, batch_size: int) -> float:
     """Least seconds of an epoch by the roofline."""
     from pairclip_fast.telemetry.roofline import least_seconds
 
-    cost = step_cost(preset, batch_size, gpu.matrix_format)
-    step_s = least_seconds(cost.work, gpu, parameters=cost.parameters)
+    step_s = 0.0
+    for tile, share in load_preset(preset).train.progressive or ((TILE, 1.0),):
+        cost = step_cost(preset, batch_size, gpu.matrix_format, tile=tile)
+        step_s += share * least_seconds(cost.work, gpu, parameters=cost.parameters)
     return EPOCH_PAIRS / batch_size * step_s
 
 

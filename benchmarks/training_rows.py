@@ -28,7 +28,7 @@ from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.errors import NumericsError
 from pairclip_fast.events import EventLog
-from pairclip_fast.telemetry.flops import model_cost
+from pairclip_fast.models.build import count_parameters
 from pairclip_fast.telemetry.machine import cpu_model
 from pairclip_fast.telemetry.memory import GIB
 from pairclip_fast.telemetry.memory_ledger import in_gib
@@ -41,14 +41,17 @@ from pairclip_fast.train.compiling import compile_encoder
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
-from pairclip_fast.train.planning import PROBE_PAIRS, probe
+from pairclip_fast.train.planning import PROBE_PAIRS, count_work, probe
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.resizing import Phase, Resizer, phases
 from pairclip_fast.train.setup import Parts, build_trainee, train_loader, used_bank
 from pairclip_fast.train.state import model_tensors
 
 REPEATS = 5
 LEAST_REPEATS = 3
+LEAST_SIZED_STEPS = 10
+"""With several sizes of tiles, so that each has about its share."""
 WARM_UP_STEPS = 3
 VERIFIED_PAIRS = 8
 """Of a batch, for the float64 copy of the model."""
@@ -92,7 +95,7 @@ class Bench:
         trainee = build_trainee(parts)
         compiled, compile_s = self._compile(trainee, parts)
         with contextlib.closing(train_loader(parts, events=self.events)) as loader:
-            stretches = Stretches(trainee, loader, events=self.events)
+            stretches = Stretches(trainee, loader, parts=parts, events=self.events)
             loss, expected = verify(trainee, next(stretches.stream), bank=parts.bank, config=config)
             repeats, steps = stretches.warm_up(budget_s=None if budget_s is None else budget_s - (time.monotonic() - started))
             trainee.ledger.restart()
@@ -104,7 +107,7 @@ class Bench:
         placement.forget_memory_peak()
         rank_noise(trainee, parts)
         evaluation_peak = placement.memory_reading().peak
-        cost = model_cost(trainee.module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions)
+        flops = count_work(parts, trainee.module, phases=stretches.phases(steps)).mean
         rate = timing.spread(steps * config.train.batch_size / m.wall_s for m in measured)
         return EpochRow(
             machine=placement.description if placement.is_cuda else f"{cpu_model()} ({torch.get_num_threads()} threads)",
@@ -116,8 +119,8 @@ class Bench:
             loader=backend,
             compile=compiled,
             compile_s=compile_s,
-            parameters=cost.parameters,
-            gflop_per_pair=cost.training_flops / 1e9,
+            parameters=count_parameters(trainee.module.encoder),
+            gflop_per_pair=flops / 1e9,
             repeats=repeats,
             steps_per_repeat=steps,
             extrapolated=budget_s is not None,
@@ -128,7 +131,7 @@ class Bench:
             epoch_s=self.epoch_pairs / rate.median,
             epoch_s_low=self.epoch_pairs / rate.high,
             epoch_s_high=self.epoch_pairs / rate.low,
-            tflops=rate.median * cost.training_flops / 1e12,
+            tflops=rate.median * flops / 1e12,
             peak_tflops=peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise),
             data_wait_fraction=shares.shares().get("wait", 0.0),
             time_share={str(phase): share for phase, share in shares.shares().items()},
@@ -145,7 +148,7 @@ class Bench:
     def _compile(self, trainee: Trainee, parts: Parts) -> tuple[str, float]:
         """Compile as `train` would; what came of it, and the seconds it took."""
         started = time.perf_counter()
-        images = (parts.micro_batch, *parts.image_shape)
+        images = [(parts.micro_batch, *parts.shape_at(phase)) for phase in parts.phases]
         setting, captions = parts.config.train.compile, parts.bank.num_captions
         compiled = compile_encoder(trainee, setting=setting, images=images, num_captions=captions, events=self.events)
         return compiled, time.perf_counter() - started
@@ -180,11 +183,10 @@ class Bench:
 
 
 class Stretches:
-    """Stretches of training steps on one endless stream of batches."""
+    """Stretches of training steps on one endless stream of batches; each is a whole run in small, with all its sizes of tiles."""
 
-    def __init__(self, trainee: Trainee, loader: Loader, *, events: EventLog) -> None:
-        self.trainee, self.loader, self.placement, self.events = trainee, loader, trainee.placement, events
-        self.progress = Progress()
+    def __init__(self, trainee: Trainee, loader: Loader, *, parts: Parts, events: EventLog) -> None:
+        self.trainee, self.loader, self.placement, self.parts, self.events = trainee, loader, trainee.placement, parts, events
         self.stream = self._endless()
 
     def _endless(self) -> Iterator[Batch]:
@@ -193,31 +195,38 @@ class Stretches:
 
     def run(self, steps: int) -> timing.Measurement:
         """Train so many steps."""
-        last = self.progress.step + steps
+        progress = Progress()
+        if self.trainee.resizer is not None:
+            self.trainee.resizer = Resizer(self.phases(steps), tiles=self.parts.manifest.tiles)
 
         def after_step(_batch: Batch, _result: StepResult) -> bool:
-            if self.progress.step % self.placement.guard_steps == 0:
+            if progress.step % self.placement.guard_steps == 0:
                 self.trainee.guard.check(events=self.events)
-            return self.progress.step >= last
+            return progress.step >= steps
 
         measured = timing.measure(
-            lambda: train_epoch(self.trainee, self.stream, self.progress, after_step=after_step), synchronize=self.placement.synchronise
+            lambda: train_epoch(self.trainee, self.stream, progress, after_step=after_step), synchronize=self.placement.synchronise
         )
         self.trainee.guard.check(events=self.events)
         return measured
 
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        """The sizes that so many steps go through."""
+        return phases(self.parts.config.train.progressive, total_steps=steps, tile_size=self.parts.tile_size)
+
     def warm_up(self, *, budget_s: float | None) -> tuple[int, int]:
         """Run a few steps unmeasured; then how many stretches of how many steps fit into `budget_s`."""
+        sizes = max(len(self.parts.config.train.progressive), 1)
         if budget_s is None:
-            self.run(1)
+            self.run(sizes)
             return 1, len(self.loader)
-        first = self.run(1)  # allocations, autotuning, the loader's start
-        count = WARM_UP_STEPS if first.wall_s * (WARM_UP_STEPS + LEAST_REPEATS + 1) < budget_s else 1
+        first = self.run(sizes)  # allocations, autotuning, the loader's start
+        count = WARM_UP_STEPS if first.wall_s * (WARM_UP_STEPS + LEAST_REPEATS + 1) < sizes * budget_s else 1
         warm = self.run(count)
         step_s = warm.wall_s / count
         left = max(budget_s - first.wall_s - warm.wall_s, 0.0)
         repeats = REPEATS if REPEATS * step_s <= left else LEAST_REPEATS
-        return repeats, max(int(left / (repeats * step_s)), 1)
+        return repeats, max(int(left / (repeats * step_s)), 1 if sizes == 1 else LEAST_SIZED_STEPS)
 
 
 def verify(trainee: Trainee, batch: Batch, *, bank: CaptionBank, config: RunConfig) -> tuple[float, float]:

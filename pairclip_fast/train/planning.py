@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
 from pairclip_fast.train.loop import LossModule, Trainee
 from pairclip_fast.train.precision import choose_precision
+from pairclip_fast.train.resizing import Phase
 from pairclip_fast.train.setup import BANK, Parts, build_trainee, used_bank
-from pairclip_fast.train.work import Work
+from pairclip_fast.train.work import RunWork
 
 PROBE_PAIRS = 8
 """Pairs of the first, smallest pass."""
@@ -49,7 +50,7 @@ class TrainingPlan:
     parameters: int
     flops_per_pair: float
     """Training: forward and backward pass, loss included; the mean over the run."""
-    work: Work
+    work: RunWork
     steps_per_epoch: int
     epochs: int
     total_pflop: float
@@ -94,7 +95,7 @@ class Probe:
 def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, steps_done: int = 0) -> TrainingPlan:
     """The plan of a run or of what is left of it."""
     config, module = parts.config, trainee.module
-    work = count_work(parts, module)
+    work = count_work(parts, module, phases=parts.phases)
     found = probe(parts, trainee, limit=parts.micro_batch)
     num_val = parts.manifest.splits["val"].count if "val" in parts.manifest.splits else 0
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -125,16 +126,16 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     )
 
 
-def count_work(parts: Parts, module: LossModule) -> Work:
-    """What the steps of a run cost."""
+def count_work(parts: Parts, module: LossModule, *, phases: Sequence[Phase]) -> RunWork:
+    """What the steps of a run cost, whose tiles have the sizes of `phases`."""
     flops = {
         shape: float(training_flops_per_pair(module.encoder, image_shape=shape, num_captions=parts.loss_captions))
-        for shape in {parts.shape_at(phase) for phase in parts.phases}
+        for shape in {parts.shape_at(phase) for phase in phases}
     }
-    return Work(
+    return RunWork(
         batch_size=parts.config.train.batch_size,
-        ends=tuple(phase.end for phase in parts.phases),
-        flops_per_pair=tuple(flops[parts.shape_at(phase)] for phase in parts.phases),
+        ends=tuple(phase.end for phase in phases),
+        flops_per_pair=tuple(flops[parts.shape_at(phase)] for phase in phases),
     )
 
 

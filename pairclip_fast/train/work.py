@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class RunWork:
     """The cost of a run's steps, phase by phase."""
 
     batch_size: int

@@ -48,4 +48,8 @@ def test_the_table_gives_each_presets_real_size(name: str) -> None:
     dim = config.bank.rank if config.bank.kind == "whiten" else CLIP_DIM
     model = build_model(config.model, tiles=2, tile_size=(32, 32), dim=dim)
     cost = model_cost(model, image_shape=(3, 32, 64), num_captions=10_000)
-    assert row == (f"{cost.parameters - cost.head_parameters:,}", f"{cost.training_flops / 1e9:.3f}")
+    flops = sum(
+        share * model_cost(model, image_shape=(3, size, 2 * size), num_captions=10_000).training_flops
+        for size, share in config.train.progressive or ((32, 1.0),)
+    )
+    assert row == (f"{cost.parameters - cost.head_parameters:,}", f"{flops / 1e9:.3f}")

@@ -17,7 +17,7 @@ from pairclip_fast.events import read_events
 from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.options import TrainOptions
 from pairclip_fast.train.resizing import Phase, Resizer, phases
-from pairclip_fast.train.work import Work
+from pairclip_fast.train.work import RunWork
 
 THREE = ((8, 0.4), (12, 0.3), (16, 0.3))
 
@@ -40,7 +40,7 @@ def test_every_step_has_one_size_and_its_work(weights: list[int], total_steps: i
     resizer = Resizer(found, tiles=2)
     sizes = [resizer.size(step)[0] for step in range(total_steps)]
     assert sizes == sorted(sizes)
-    work = Work(batch_size=batch_size, ends=tuple(p.end for p in found), flops_per_pair=tuple(float(p.height**2) for p in found))
+    work = RunWork(batch_size=batch_size, ends=tuple(p.end for p in found), flops_per_pair=tuple(float(p.height**2) for p in found))
     for step in range(total_steps + 1):
         assert work.until(step) == pytest.approx(batch_size * sum(size**2 for size in sizes[:step]))
     assert [work.at(step) for step in range(total_steps)] == [size**2 for size in sizes]

@@ -319,7 +319,7 @@ def test_compiling_that_fails_falls_back_to_eager_and_leaves_no_trace(monkeypatc
     monkeypatch.setattr(torch, "compile", broken)
     trainee, twin = make_trainee(), make_trainee()
     random = torch.get_rng_state()
-    said = compiling.compile_encoder(trainee, setting="on", images=(4, 3, 32, 64), num_captions=CAPTIONS, events=events)
+    said = compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
     assert said.startswith("eager")
     assert "InvalidCxxCompiler" in events.fallbacks[0]["reason"]
     assert torch.equal(torch.get_rng_state(), random)
@@ -335,7 +335,7 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch, events: E
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "compile_threads": 1}):
-        said = compiling.compile_encoder(make_trainee(), setting="on", images=(4, 3, 32, 64), num_captions=CAPTIONS, events=events)
+        said = compiling.compile_encoder(make_trainee(), setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
     assert said == "eager (compiling failed)"
     assert len(events.fallbacks) == 1
 
@@ -345,7 +345,8 @@ def test_compiling_is_left_out_on_a_cpu_unless_asked_for(events: EventLog) -> No
         trainee = make_trainee()
         encode = trainee.module.encode
         assert (
-            compiling.compile_encoder(trainee, setting=setting, images=(4, 3, 32, 64), num_captions=CAPTIONS, events=events)[:5] == "eager"
+            compiling.compile_encoder(trainee, setting=setting, images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)[:5]
+            == "eager"
         )
         assert trainee.module.encode == encode
     assert events.fallbacks == []
@@ -360,7 +361,7 @@ def test_a_failure_of_the_model_itself_is_not_blamed_on_the_compiler(monkeypatch
     trainee.module.encoder.forward = forward  # type: ignore[method-assign]
     trainee.module.encode = forward
     with pytest.raises(RuntimeError, match="the model is wrong"):
-        compiling.compile_encoder(trainee, setting="on", images=(4, 3, 32, 64), num_captions=CAPTIONS, events=events)
+        compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
     assert events.fallbacks == []
 
 
