@@ -3,13 +3,14 @@
 A run is an ordinary `pairclip-fast train` run, continued where it was stopped and not repeated once it has ended, so this
 command can be interrupted at any time and asked again. Every figure comes from the run's own event log: validation
 images that no training pair contains, all captions ranked, ties against us. One epoch's weights are one point of a curve;
-only the last one has seen the whole learning-rate schedule.
+only the last one has seen the whole learning-rate schedule. Variants (`ablations.toml`) ask what a single choice is worth.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -17,13 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import accuracy_plot
 import timing
+import tomli_w
 
 from pairclip_fast.allocator import keep_freed_memory
-from pairclip_fast.config import preset_names
+from pairclip_fast.config import preset_names, read_toml
 from pairclip_fast.data.manifest import Manifest, read_manifest
-from pairclip_fast.errors import PairclipError, printable
+from pairclip_fast.errors import ConfigError, PairclipError, printable
 from pairclip_fast.events import Event, EventLog, last_attempts, read_events
+from pairclip_fast.storage import write_atomic
 from pairclip_fast.train.options import TrainOptions
 
 METRICS = ("top1", "top10", "top100", "mrr", "left_top1", "right_top1", "swap_rate", "loss")
@@ -38,9 +42,40 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", nargs="+", choices=preset_names(), metavar="NAME", default=["fast"], help="presets (default: fast)")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", default=[0], help="seeds (default: 0)")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training pairs (default: the preset's)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML tables laid over every preset, for ablations")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML tables laid over every preset")
+    parser.add_argument("--variants", type=Path, metavar="FILE", help="TOML file of named tables, each laid over every preset in turn")
+    parser.add_argument("--variant", nargs="+", metavar="NAME", help="of these variants (default: all in the file)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the curves, with the environment, to this file")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the curves (PNG or SVG)")
     return parser.parse_args(words)
+
+
+def chosen_variants(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Configuration tables by the name of the variant; one without a name if there are none.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not have a variant that was asked for.
+    """
+    if asked.variants is None:
+        if asked.variant:
+            raise ConfigError("variants come from a file", where="--variant", fix="add --variants benchmarks/ablations.toml")
+        return {"": {}}
+    known = read_toml(asked.variants)
+    names = asked.variant or list(known)
+    for name in names:
+        if not isinstance(known.get(name), dict):
+            raise ConfigError("there is no such variant", where=asked.variants, expected=", ".join(known), got=name)
+    return {name: known[name] for name in names}
+
+
+def write_variant(tables: dict[str, Any], *, over: Path | None, path: Path) -> Path:
+    """The config file of a variant: its tables laid over those of another file."""
+    merged = read_toml(over) if over is not None else {}
+    for table, value in tables.items():
+        merged[table] = merged.get(table, {}) | value if isinstance(value, dict) else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, tomli_w.dumps(merged).encode())
+    return path
 
 
 def train_one(options: TrainOptions, *, data: Path, run: Path) -> dict[str, Any]:
@@ -83,13 +118,21 @@ def point(event: Event, *, batch_size: int) -> dict[str, Any]:
     return cost | {name: event["metrics"][name] for name in METRICS if name in event["metrics"]}
 
 
+def by_name(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs that differ in nothing but the seed, by preset and variant."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(" ".join(filter(None, (row["preset"], row["variant"]))), []).append(row)
+    return groups
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per preset: the last point of the curve, mean over seeds and their sample standard deviation."""
-    lines = [f"{'preset':10} {'seeds':>5} {'epochs':>6} {'PFLOP':>8} {'top-1':>14} {'top-10':>14} {'top-100':>14}"]
-    for preset in dict.fromkeys(row["preset"] for row in rows):
-        ends = [row["curve"][-1] for row in rows if row["preset"] == preset]
+    """One line per preset and variant: the last point of the curve, mean over seeds and their sample standard deviation."""
+    lines = [f"{'preset':28} {'seeds':>5} {'epochs':>6} {'PFLOP':>8} {'top-1':>14} {'top-10':>14} {'top-100':>14}"]
+    for name, group in by_name(rows).items():
+        ends = [row["curve"][-1] for row in group]
         cells = [spread([end[name] for end in ends]) for name in ("top1", "top10", "top100")]
-        lines.append(f"{preset:10} {len(ends):5} {ends[0]['epoch']:6} {ends[0]['pflop']:8.4f} " + " ".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{name:28} {len(ends):5} {ends[0]['epoch']:6} {ends[0]['pflop']:8.4f} " + " ".join(f"{cell:>14}" for cell in cells))
     return lines
 
 
@@ -106,11 +149,13 @@ def main(words: Sequence[str] | None = None) -> int:
     base = TrainOptions(epochs=asked.epochs, config=asked.config, amp=True, resume=True)
     code = 0
     try:
-        for preset in asked.preset:
-            for seed in asked.seed:
-                EventLog().say(f"{preset}, seed {seed}")
-                options = dataclasses.replace(base, preset=preset, seed=seed)
-                rows.append(train_one(options, data=asked.data, run=asked.out / f"{preset}-seed{seed}"))
+        variants = chosen_variants(asked)
+        for preset, variant, seed in itertools.product(asked.preset, variants, asked.seed):
+            name = "-".join(filter(None, (preset, variant)))
+            EventLog().say(f"{name}, seed {seed}")
+            config = write_variant(variants[variant], over=asked.config, path=asked.out / f"{name}.toml") if variant else asked.config
+            options = dataclasses.replace(base, preset=preset, seed=seed, config=config)
+            rows.append(train_one(options, data=asked.data, run=asked.out / f"{name}-seed{seed}") | {"variant": variant})
     except PairclipError as error:
         sys.stderr.write(f"accuracy.py: {printable(error)}\n")
         code = error.exit_code
@@ -119,8 +164,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if rows:
         print("\n".join(table(rows)))
         if asked.json:
-            settings = {"epochs": asked.epochs, "seeds": asked.seed, "presets": asked.preset}
+            settings = {"epochs": asked.epochs, "seeds": asked.seed, "presets": asked.preset, "variants": sorted(variants)}
             timing.write_record(asked.json, name="accuracy", rows=rows, settings=settings)
+        if asked.plot:
+            accuracy_plot.plot(by_name(rows), asked.plot)
     return code
 
 

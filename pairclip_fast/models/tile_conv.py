@@ -2,8 +2,8 @@
 
 The shape of the CIFAR speedruns (K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024): a frozen stem that
 whitens 2x2 patches, then three stages that each halve the picture right after their first convolution, and a global
-maximum. There are no residual connections: with so few layers, normalised filters and orthogonalised updates they cost
-time and buy nothing (benchmarks/accuracy.py). Nothing depends on the size of a tile, so a run may train on small ones first.
+maximum; no residual connections, which so few layers do not need. Nothing depends on the size of a tile, so a run may train
+on small ones first.
 
 Batch statistics are per process: with several processes a step is not equal to one process with the whole batch (use a
 transformer where that matters).
