@@ -15,7 +15,7 @@ from epoch_records import EpochRow
 
 from pairclip_fast.config import RunConfig, load_preset
 from pairclip_fast.errors import printable
-from pairclip_fast.telemetry.gpus import GPUS, Gpu
+from pairclip_fast.gpus import GPUS, Gpu
 
 if TYPE_CHECKING:
     from pairclip_fast.telemetry.roofline import Work
@@ -157,7 +157,7 @@ def estimates_table(presets: Sequence[str]) -> Table:
         cells,
         (
             "least: every operation at the published peak of computing or of memory; launches, loader and unfilled waves are not in it",
-            "published peaks: dense, accumulating in float32; sources in pairclip_fast/telemetry/gpus.py",
+            "published peaks: dense, accumulating in float32; sources in pairclip_fast/gpus.py",
         ),
     )
 

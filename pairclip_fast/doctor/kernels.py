@@ -16,9 +16,10 @@ import torch
 
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.gpus import find_gpu
 from pairclip_fast.kernels import portable
 from pairclip_fast.kernels.choice import Kernels, implementation, kernels_for
-from pairclip_fast.kernels.roofline import Operation, bound, find_gpu
+from pairclip_fast.kernels.roofline import Operation, bound
 from pairclip_fast.kernels.selfcheck import TOP, Case, comparisons, make_case
 from pairclip_fast.telemetry.machine import cpu_model
 
@@ -92,7 +93,7 @@ def _rows(case: Case, device_name: str) -> Iterator[dict[str, Any]]:
         ]
         own, plain = _timed(_call(kernels, operation, case), _call(cast(Kernels, portable), operation, case), case.emb.device)
         chosen = TOP if operation == "bank_topk" else case.chosen.shape[1]
-        estimate = bound(gpu, cast(Operation, operation), dtype=case.emb.dtype, chosen=chosen, **sizes) if gpu else None
+        estimate = bound(gpu, cast(Operation, operation), dtype=case.emb.dtype, chosen=chosen, **sizes) if gpu and gpu.tf32_tflops else None
         yield {
             "operation": operation, "dtype": str(case.emb.dtype).removeprefix("torch."), **sizes,
             "ok": all(output["ok"] for output in outputs), "outputs": outputs,

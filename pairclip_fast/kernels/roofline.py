@@ -14,35 +14,12 @@ from typing import Literal
 
 import torch
 
+from pairclip_fast.gpus import Gpu
 from pairclip_fast.kernels import tiles
 
 Operation = Literal["bank_softmax", "bank_stats", "pair_scores", "bank_topk"]
 SAMPLED = 1 / 8
 """Share of the bank that `bank_topk` computes a second time, for its threshold."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """Figures of a data sheet: dense, no sparsity, products accumulated in float32."""
-
-    name: str
-    capability: tuple[int, int]
-    tflops: float
-    """bfloat16 and float16."""
-    tf32_tflops: float
-    terabytes_per_s: float
-    processors: int
-
-
-GPUS = (
-    Gpu(name="A100", capability=(8, 0), tflops=312, tf32_tflops=156, terabytes_per_s=2.04, processors=108),
-    Gpu(name="RTX 3090", capability=(8, 6), tflops=71, tf32_tflops=35.6, terabytes_per_s=0.936, processors=82),
-    Gpu(name="RTX 4090", capability=(8, 9), tflops=165, tf32_tflops=82.6, terabytes_per_s=1.01, processors=128),
-    Gpu(name="L4", capability=(8, 9), tflops=121, tf32_tflops=60.5, terabytes_per_s=0.30, processors=58),
-    Gpu(name="H100", capability=(9, 0), tflops=989, tf32_tflops=494, terabytes_per_s=3.35, processors=132),
-    Gpu(name="H200", capability=(9, 0), tflops=989, tf32_tflops=494, terabytes_per_s=4.8, processors=132),
-)
-"""Source: NVIDIA's data sheets and architecture papers; the A100, H100 and H200 are the SXM ones with 80 GB and more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +32,8 @@ class Bound:
     limited_by: Literal["products", "memory"]
 
 
-def find_gpu(name: str) -> Gpu | None:
-    """The data sheet for a device name as torch gives it; None if there is none."""
-    words = name.replace("-", " ").split()
-    return next((gpu for gpu in GPUS if all(word in words for word in gpu.name.split())), None)
-
-
 def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int, dtype: torch.dtype, chosen: int = 1) -> Bound:
-    """Least time of one call on `gpu`; `chosen` is P of `pair_scores`, k of `bank_topk`."""
+    """Least time of one call on `gpu`, which has TF32; `chosen` is P of `pair_scores`, k of `bank_topk`."""
     product = 2.0 * batch * captions * dim
     if operation == "bank_softmax":
         precision = tiles.softmax_precision(dtype)
@@ -77,8 +48,10 @@ def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int
     flops = products * (3 if precision == "tf32x3" else 1)
     rows = batch + (batch * chosen if operation == "pair_scores" else captions)
     moved = rows * dim * dtype.itemsize + out
-    compute = flops / (gpu.tf32_tflops if dtype == torch.float32 else gpu.tflops) / 1e12
-    memory = moved / gpu.terabytes_per_s / 1e12
+    peak = gpu.tf32_tflops if dtype == torch.float32 else gpu.tflops
+    assert peak is not None, "our kernels need tensor cores with TF32"
+    compute = flops / peak / 1e12
+    memory = moved / gpu.bandwidth_gb_s / 1e9
     limited_by: Literal["products", "memory"] = "products" if compute >= memory else "memory"
     return Bound(flops=flops, bytes=moved, milliseconds=1e3 * max(compute, memory), limited_by=limited_by)
 

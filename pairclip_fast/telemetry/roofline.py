@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pairclip_fast.gpus import Gpu
 from pairclip_fast.kernels import ops
 from pairclip_fast.models.encoder import ImageEncoder
-from pairclip_fast.telemetry.gpus import Gpu
 
 ADAM_TRAFFIC_BYTES = 28
 """Per parameter: weight, gradient and two moments read, weight and moments written, in float32."""

@@ -22,10 +22,10 @@ from pairclip_fast.config import LossConfig, load_preset
 from pairclip_fast.data.sources import shapes
 from pairclip_fast.errors import DataError, NumericsError
 from pairclip_fast.events import EventLog
+from pairclip_fast.gpus import GPUS
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
 from pairclip_fast.telemetry.flops import model_cost
-from pairclip_fast.telemetry.gpus import GPUS
 from pairclip_fast.telemetry.roofline import least_seconds
 
 TINY = {"model": {"architecture": "tile_conv", "width": 4}, "train": {"batch_size": 16, "device": "cpu"}}
