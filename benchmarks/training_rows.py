@@ -21,7 +21,7 @@ from epoch_records import EpochRow
 from reference_loss import bank_loss, infonce_loss
 from torch import Tensor
 
-from pairclip_fast.config import LossConfig, RunConfig
+from pairclip_fast.config import BankConfig, LossConfig, RunConfig
 from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.data.manifest import read_manifest
@@ -74,7 +74,7 @@ class Bench:
         run_shard(ShardOptions(source="shapes", out=folder, num_pairs=pairs), events=events)
         self.manifest = read_manifest(folder)
         self.raw_bank = bank_for(folder, self.manifest, text_encoder="hashed", events=events)
-        self._banks: dict[str, CaptionBank] = {}
+        self._banks: dict[BankConfig, CaptionBank] = {}
 
     def measure(self, config: RunConfig, *, budget_s: float | None) -> EpochRow:
         """Verify and time one configuration.
@@ -176,10 +176,9 @@ class Bench:
         )
 
     def _bank(self, config: RunConfig) -> CaptionBank:
-        key = f"{config.bank.kind} {config.bank.rank}"
-        if key not in self._banks:
-            self._banks[key] = used_bank(self.raw_bank, config)
-        return self._banks[key]
+        if config.bank not in self._banks:
+            self._banks[config.bank] = used_bank(self.raw_bank, config)
+        return self._banks[config.bank]
 
 
 class Stretches:

@@ -105,9 +105,12 @@ class BankConfig:
     """`raw`: the text encoder's features; `whiten`: centred, PCA-whitened to `rank`, L2-normalised again."""
     rank: int = 200
     """Dimensions kept by whitening (at most the rank of the centred bank)."""
+    strength: float = 1.0
+    """How far whitening goes: directions are divided by their standard deviation to this power; 0 only centres."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "bank.rank", "1 or more", self.rank)
+        require(0 <= self.strength <= 1, "bank.strength", "a number from 0 to 1", self.strength)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,11 +103,12 @@ class CaptionBank:
         _, first, inverse = np.unique(same_row[same_text], return_index=True, return_inverse=True)
         return torch.from_numpy(first[inverse].astype(np.int64))
 
-    def whiten(self, rank: int) -> CaptionBank:
+    def whiten(self, rank: int, *, strength: float = 1.0) -> CaptionBank:
         """This bank centred, PCA-whitened to `rank` directions and L2-normalised: a fixed linear map (kept as fields).
 
         Args:
             rank: At most this many directions; fewer if the centred bank has fewer.
+            strength: How far; see `whitening_map`.
 
         Raises:
             DataError: the captions cannot be told apart.
@@ -115,7 +116,7 @@ class CaptionBank:
         """
         if self.kind != "raw" or rank < 1:
             raise ValueError(f"cannot whiten a {self.kind} bank to rank {rank}")
-        mean, projection = whitening_map(self.text_features, rank=rank)
+        mean, projection = whitening_map(self.text_features, rank=rank, strength=strength)
         features = apply_map(self.text_features, mean=mean, projection=projection)
         return dataclasses.replace(self, text_features=features, kind="whiten", mean=mean, projection=projection)
 

@@ -42,7 +42,7 @@ def run_embed(options: EmbedOptions, *, events: EventLog) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     events.say("inspecting the bank")
     temperature, smoothing = config.loss.temperature, config.loss.label_smoothing
-    banks = (bank, bank.whiten(config.bank.rank))
+    banks = (bank, bank.whiten(config.bank.rank, strength=config.bank.strength))
     return {
         "path": str(path),
         "encoder": bank.encoder,

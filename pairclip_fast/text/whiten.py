@@ -3,6 +3,9 @@
 Text encoders put the captions of one template into a narrow cone (cosine of a caption with its left-right swap: 0.99),
 so that at any sane temperature even a perfect image embedding cannot make the true caption stand out. Centring removes
 the cone, PCA whitening gives every kept direction the same variance, and rows are L2-normalised again.
+
+Full whitening overdoes it where a caption is composed of parts: the weak directions hold what the encoder makes of a
+*combination* of words, which no sum of features of the single tiles can predict. A strength below 1 keeps them weak.
 Source: PCA whitening as in Kessy, Lewin and Strimmer 2018, https://arxiv.org/abs/1512.00809, section 3.
 """
 
@@ -38,12 +41,15 @@ def principal_axes(
     return mean, variances[:rank], axes * axes.gather(0, strongest).sign()
 
 
-def whitening_map(features: Float[Tensor, "n dim"], *, rank: int) -> tuple[Float64[Tensor, " dim"], Float64[Tensor, "dim rank"]]:
+def whitening_map(
+    features: Float[Tensor, "n dim"], *, rank: int, strength: float = 1.0
+) -> tuple[Float64[Tensor, " dim"], Float64[Tensor, "dim rank"]]:
     """The mean to subtract and the projection to apply.
 
     Args:
         features: The raw bank.
         rank: Directions to keep, strongest first; limited by the numerical rank of the centred bank.
+        strength: Each direction is divided by its standard deviation to this power: 1 whitens, 0 only centres and rotates.
 
     Raises:
         DataError: all captions have the same feature.
@@ -51,7 +57,7 @@ def whitening_map(features: Float[Tensor, "n dim"], *, rank: int) -> tuple[Float
     mean, variances, axes = principal_axes(features)
     if len(variances) == 0:
         raise DataError("the captions cannot be told apart: all have the same text feature", where="the caption bank")
-    return mean, axes[:, :rank] / variances[:rank].sqrt()
+    return mean, axes[:, :rank] * variances[:rank] ** (-strength / 2)
 
 
 def apply_map(

@@ -88,7 +88,7 @@ class Parts:
 
 def used_bank(raw: CaptionBank, config: RunConfig) -> CaptionBank:
     """The bank that the run trains against, from the text encoder's."""
-    return raw.whiten(config.bank.rank) if config.bank.kind == "whiten" else raw
+    return raw.whiten(config.bank.rank, strength=config.bank.strength) if config.bank.kind == "whiten" else raw
 
 
 def run_bank(

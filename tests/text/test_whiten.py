@@ -55,16 +55,18 @@ def test_before_normalisation_the_directions_are_white(seed: int) -> None:
     assert torch.allclose(covariance, torch.eye(projection.shape[1], dtype=torch.float64), atol=1e-6)
 
 
-def test_it_agrees_with_the_singular_value_decomposition() -> None:
-    """Oracle: numpy's SVD of the centred float64 matrix; rows of U, normalised, up to the sign of a column."""
+@pytest.mark.parametrize("strength", [1.0, 0.75, 0.0])
+def test_it_agrees_with_the_singular_value_decomposition(strength: float) -> None:
+    """Oracle: numpy's SVD of the centred float64 matrix; rows of U S^(1 - strength), normalised, up to the sign of a column."""
     features = cone(300, 20, seed=3)
     centred = features.double().numpy() - features.double().numpy().mean(0)
-    u = np.linalg.svd(centred, full_matrices=False)[0][:, :7]
+    u, s, axes = np.linalg.svd(centred, full_matrices=False)
+    u = u[:, :7] * s[:7] ** (1 - strength)
     u /= np.linalg.norm(u, axis=1, keepdims=True)
-    white = bank_of(features).whiten(7).text_features.double().numpy()
+    white = bank_of(features).whiten(7, strength=strength).text_features.double().numpy()
     signs = np.sign((u * white).sum(0))
     assert np.allclose(u * signs, white, atol=1e-6)
-    wrong = centred @ np.linalg.svd(centred, full_matrices=False)[2][:7].T  # PCA without whitening
+    wrong = centred @ axes[:7].T * (s[:7] if strength == 0 else 1)  # whitened too little: not at all, or the wrong way
     wrong /= np.linalg.norm(wrong, axis=1, keepdims=True)
     assert not np.allclose(np.abs(wrong), np.abs(white), atol=1e-2)
 
