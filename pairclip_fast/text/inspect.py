@@ -33,6 +33,7 @@ class Inspection(TypedDict):
     swap_cosine: float | None
     nearest_cosine: float
     rank: int
+    additive_share: float | None
     temperature: float
     label_smoothing: float
     uniform_loss: float
@@ -64,6 +65,7 @@ def inspect_bank(bank: CaptionBank, *, temperature: float, label_smoothing: floa
         swap_cosine=swap_cosine(bank),
         nearest_cosine=nearest_cosine(features),
         rank=len(principal_axes(features)[1]),
+        additive_share=additive_share(bank),
         temperature=temperature,
         label_smoothing=label_smoothing,
         uniform_loss=math.log(len(distinct)),
@@ -100,11 +102,27 @@ def nearest_cosine(features: Float[Tensor, "n dim"]) -> float:
     return float(torch.cat(nearest).double().mean())
 
 
+def additive_share(bank: CaptionBank) -> float | None:
+    """Share of the features' variance that a sum of one vector per photo explains; None for free captions, or equal ones.
+
+    The main effects of a two-way analysis of variance (left class, right class). What remains belongs to combinations of
+    two names: a head that adds up what it saw in the single photos cannot predict it, so to such a model it is noise.
+    """
+    if not bank.class_names:
+        return None
+    classes = len(bank.class_names)
+    cells = (bank.text_features.double() - bank.text_features.double().mean(0)).reshape(classes, classes, bank.dim)
+    total = float(cells.square().mean((0, 1)).sum())
+    additive = sum(float(cells.mean(axis).square().mean(0).sum()) for axis in (0, 1))
+    return additive / total if total > 0 else None
+
+
 def inspection_lines(inspection: Inspection) -> list[str]:
     """The figures, each with a line of words."""
     i = inspection
     smoothing = f", label smoothing {i['label_smoothing']:g}" if i["label_smoothing"] else ""
     swap = "-" if i["swap_cosine"] is None else f"{i['swap_cosine']:.4f}"
+    additive = "-" if i["additive_share"] is None else f"{i['additive_share']:.4f}"
     rows = [
         ("captions", f"{i['num_captions']:,}", f"rows of the bank; {i['num_groups']:,} can be told apart at all"),
         ("dimensions", str(i["dim"]), "width of a text feature"),
@@ -112,6 +130,7 @@ def inspection_lines(inspection: Inspection) -> list[str]:
         ("swap cosine", swap, "of a caption with left and right exchanged; near 1: order hardly counts"),
         ("nearest cosine", f"{i['nearest_cosine']:.4f}", "of a caption with the caption most like it"),
         ("rank", str(i["rank"]), "directions in which the captions differ (of the centred bank, to float32 precision)"),
+        ("additive share", additive, "of the variance that is the sum of a part per photo; the rest belongs to combinations of names"),
         (
             "loss floor",
             f"{i['loss_floor']:.3f}",

@@ -17,7 +17,7 @@ from pairclip_fast.text.bank import CaptionBank, embed_bank
 from pairclip_fast.text.commands import render_embed, run_embed
 from pairclip_fast.text.floor import loss_floor
 from pairclip_fast.text.hashed import HashedEncoder
-from pairclip_fast.text.inspect import inspect_bank, inspection_lines, mean_cosine, nearest_cosine, swap_cosine
+from pairclip_fast.text.inspect import additive_share, inspect_bank, inspection_lines, mean_cosine, nearest_cosine, swap_cosine
 from pairclip_fast.text.options import EmbedOptions
 
 from .conftest import CLASSES, TEMPLATE
@@ -110,6 +110,28 @@ def test_whitening_lowers_the_floor_and_duplicates_do_not_count() -> None:
     assert inspection["nearest_cosine"] == pytest.approx(1.0)
 
 
+@given(st.integers(2, 9), st.integers(2, 6), st.floats(0, 2), st.integers(0, 99))
+def test_the_additive_share_is_what_least_squares_explains(classes: int, dim: int, mixing: float, seed: int) -> None:
+    """Oracle: regress the features on indicators of the left and the right class."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(2, classes, dim, generator=generator)
+    cells = left[:, None] + right[None] + mixing * torch.randn(classes, classes, dim, generator=generator)
+    features = torch.nn.functional.normalize(cells.reshape(-1, dim) + 3.0, dim=-1)
+    names = tuple(f"c{i}" for i in range(classes))
+    bank = CaptionBank(text_features=features, encoder="test", model="test", digest="0", template=TEMPLATE, class_names=names)
+    rows = torch.arange(classes**2)
+    design = torch.cat([torch.eye(classes)[rows // classes], torch.eye(classes)[rows % classes]], dim=1).double()
+    centred = features.double() - features.double().mean(0)
+    explained = design @ torch.linalg.pinv(design) @ centred
+    assert additive_share(bank) == pytest.approx(float(explained.square().sum() / centred.square().sum()), abs=1e-6)
+
+
+def test_free_captions_have_no_additive_share() -> None:
+    bank = CaptionBank(text_features=units(4, 3, 0), encoder="test", model="test", digest="0", free_captions=tuple("abcd"))
+    assert additive_share(bank) is None
+    assert "additive share         -" in "\n".join(inspection_lines(inspect_bank(bank, temperature=0.07)))
+
+
 def test_every_figure_has_a_line_of_words() -> None:
     bank = embed_bank(HashedEncoder(), class_names=CLASSES, template=TEMPLATE, events=QUIET)
     inspection = inspect_bank(bank, temperature=0.05, label_smoothing=0.1)
@@ -120,6 +142,7 @@ def test_every_figure_has_a_line_of_words() -> None:
         "swap cosine",
         "nearest cosine",
         "rank",
+        "additive share",
         "loss floor",
         "temperature 0.05",
         "label smoothing 0.1",
