@@ -68,9 +68,9 @@ class TileViTConfig:
     mlp_width: int = 384
     """Hidden width of the MLPs."""
     patch_size: int = 4
-    """Pixels per token side after the stem: the stem reduces a tile by this factor."""
+    """Side of what becomes one token, in pixels."""
     stem_width: int = 48
-    """Channels of the first convolution of the stem; 0 for a plain linear patch embedding."""
+    """Channels of the stem's first stage, doubled by each further one; 0 for a plain linear patch embedding."""
 
     def __post_init__(self) -> None:
         require(self.width % self.heads == 0, "model.heads", f"a divisor of model.width ({self.width})", self.heads)

@@ -20,29 +20,13 @@ from torch import Tensor, nn
 
 from pairclip_fast.config import TileConvConfig
 from pairclip_fast.errors import ConfigError
-from pairclip_fast.models.blocks import ACTIVATIONS, Activation
+from pairclip_fast.models.blocks import ACTIVATIONS
 from pairclip_fast.models.encoder import ImageEncoder, join_tiles, split_tiles
+from pairclip_fast.models.stages import Stage
 from pairclip_fast.models.whitening import FILTERS, WhitenedStem
 
 STAGE_WIDTHS = (1, 4, 4)
 """Channels of the stages, in multiples of the configured width."""
-
-
-class Stage(nn.Module):
-    """Convolution, half the size, convolution; each normalised and activated. Pooling first lets the rest work on a quarter."""
-
-    def __init__(self, inputs: int, outputs: int, *, activation: Activation) -> None:
-        super().__init__()
-        self.widen = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.activation = ACTIVATIONS[activation]()
-
-    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
-        pixels = self.activation(self.norm1(F.max_pool2d(self.widen(pixels), 2)))
-        result: Tensor = self.activation(self.norm2(self.refine(pixels)))
-        return result
 
 
 class TileConv(ImageEncoder):
@@ -65,7 +49,7 @@ class TileConv(ImageEncoder):
         self.tiles, self.feature_width = tiles, tiles * widths[-1]
         self.stem = WhitenedStem(ACTIVATIONS[config.activation]())
         self.stages = nn.Sequential(
-            *(Stage(inputs, outputs, activation=config.activation) for inputs, outputs in itertools.pairwise(widths))
+            *(Stage(inputs, outputs, activation=config.activation, norm=nn.BatchNorm2d) for inputs, outputs in itertools.pairwise(widths))
         )
         self.to(memory_format=torch.channels_last)
 

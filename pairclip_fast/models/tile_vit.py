@@ -2,12 +2,15 @@
 
 Which photo is on the left is then known by position, not learned; one trunk sees twice the photos per step, and attention
 never mixes tiles. The convolutional stem (Xiao et al. 2021) gives a small transformer the locality it cannot learn from
-50,000 photos.
+50,000 photos; here it is the beginning of the convolutional encoder, normalised picture by picture.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,35 +18,27 @@ from torch import Tensor, nn
 from pairclip_fast.config import TileViTConfig
 from pairclip_fast.models.blocks import Block, initialise
 from pairclip_fast.models.encoder import ImageEncoder, join_tiles, patch_grid, split_tiles
+from pairclip_fast.models.stages import ChannelNorm, Halving, Stage
 from pairclip_fast.models.vit import POSITION_STD
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel. As fast as batch norm here, and a picture's features depend on no other
-    picture: micro-batches, processes and evaluation all compute the same function.
-    """
-
-    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded channels height width"]:
-        return super().forward(pixels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+from pairclip_fast.models.whitening import FILTERS, WhitenedStem
 
 
 class ConvStem(nn.Module):
-    """Halve the tile with 3x3 convolutions until one pixel is one token, doubling the channels; then a linear map to the width."""
+    """Whitened 2x2 patches, then stages that halve the tile until one pixel is one token, doubling the channels on the way."""
 
     def __init__(self, *, stem_width: int, width: int, patch_size: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for level in range(patch_size.bit_length() - 1):
-            wider = stem_width << level
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False), ChannelNorm(wider), nn.GELU()]
-            channels = wider
-        self.layers = nn.Sequential(*layers)
-        self.project = nn.Linear(channels, width)
+        levels = patch_size.bit_length() - 1
+        *inner, last = itertools.pairwise([FILTERS, *(stem_width << level for level in range(levels - 1)), width])
+        self.whitening = WhitenedStem(nn.SiLU())
+        self.stages = nn.Sequential(
+            *(Stage(*widths, activation="silu", norm=ChannelNorm) for widths in inner), Halving(*last, activation="silu", norm=ChannelNorm)
+        )
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, tiles: Float[Tensor, "folded 3 height width"]) -> Float[Tensor, "folded tokens embedding"]:
-        pixels = self.layers(tiles.contiguous(memory_format=torch.channels_last))
-        tokens: Tensor = self.project(rearrange(pixels, "n c h w -> n (h w) c"))
+        framed = F.pad(tiles, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)  # 2x2 patches for every pixel
+        tokens: Tensor = rearrange(self.stages(self.whitening(framed)), "n c h w -> n (h w) c")
         return tokens
 
 
@@ -54,6 +49,8 @@ class PatchStem(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.project = nn.Linear(3 * patch_size**2, width)
+        nn.init.xavier_uniform_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
 
     def forward(self, tiles: Float[Tensor, "folded 3 height width"]) -> Float[Tensor, "folded tokens embedding"]:
         patches = rearrange(tiles, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch_size, q=self.patch_size)
@@ -86,8 +83,6 @@ class TileViT(ImageEncoder):
         )
         self.norm = nn.LayerNorm(config.width)
         initialise(self)
-        nn.init.xavier_uniform_(self.stem.project.weight)
-        nn.init.zeros_(self.stem.project.bias)
         nn.init.normal_(self.positions, std=POSITION_STD)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
@@ -95,6 +90,11 @@ class TileViT(ImageEncoder):
         for block in self.blocks:
             tokens = self.run(block, tokens)
         return join_tiles(self.norm(tokens).mean(dim=1), tiles=self.tiles)
+
+    def prepare(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+        """Give a convolutional stem the whitening of these pictures."""
+        if isinstance(self.stem, ConvStem):
+            self.stem.whitening.fit(split_tiles(images, tiles=self.tiles))
 
     def attention_maps(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch layers heads tokens tokens"]:
         """Weights of every block, tokens tile by tile; zero between tiles, which do not see each other."""

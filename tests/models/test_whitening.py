@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pairclip_fast.config import TileConvConfig
+from pairclip_fast.config import TileConvConfig, TileViTConfig
 from pairclip_fast.models import whitening
 from pairclip_fast.models.build import build_model
 from pairclip_fast.models.whitening import AXES, FILTERS, WhitenedStem
@@ -49,14 +49,21 @@ def test_every_filter_has_its_opposite(smooth: Tensor) -> None:
         stem.fit(smooth)
 
 
-def test_filters_are_saved_and_not_trained(smooth: Tensor) -> None:
-    model = build_model(TileConvConfig(width=4), tiles=2, tile_size=(16, 16), dim=8)
+STEMS = {
+    "encoder.stem": TileConvConfig(width=4),
+    "encoder.stem.whitening": TileViTConfig(width=8, depth=1, heads=2, mlp_width=8, stem_width=4),
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_filters_are_saved_and_not_trained(smooth: Tensor, stem: str) -> None:
+    model = build_model(STEMS[stem], tiles=2, tile_size=(16, 16), dim=8)
     names = {name for name, _ in model.named_parameters()}
-    assert "encoder.stem.weight" not in names
-    assert "encoder.stem.bias" in names
-    before = model.state_dict()["encoder.stem.weight"].clone()
+    assert f"{stem}.weight" not in names
+    assert f"{stem}.bias" in names
+    before = model.state_dict()[f"{stem}.weight"].clone()
     model.encoder.prepare(rearrange(smooth, "(b t) c h w -> b c h (t w)", t=2))
-    after = model.state_dict()["encoder.stem.weight"]
+    after = model.state_dict()[f"{stem}.weight"]
     assert not torch.equal(before, after)
     alone = WhitenedStem()
     alone.fit(smooth)

@@ -1,0 +1,50 @@
+"""Convolutional stages: 3x3 filters that halve the picture, for the convolutional encoder and for the transformer's stem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pairclip_fast.models.blocks import ACTIVATIONS, Activation
+
+Norm = Callable[[int], nn.Module]
+"""From a number of channels to a normalisation over them."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel. As fast as batch norm here, and a picture's features depend on no other
+    picture: micro-batches, processes and evaluation all compute the same function.
+    """
+
+    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded channels height width"]:
+        return super().forward(pixels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Halving(nn.Module):
+    """Convolution, maximum of 2x2 pixels, normalisation, activation."""
+
+    def __init__(self, inputs: int, outputs: int, *, activation: Activation, norm: Norm) -> None:
+        super().__init__()
+        self.widen = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = norm(outputs)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
+        halved: Tensor = self.activation(self.norm1(F.max_pool2d(self.widen(pixels), 2)))
+        return halved
+
+
+class Stage(Halving):
+    """A halving and one more convolution: pooling first lets the second one work on a quarter of the pixels."""
+
+    def __init__(self, inputs: int, outputs: int, *, activation: Activation, norm: Norm) -> None:
+        super().__init__(inputs, outputs, activation=activation, norm=norm)
+        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = norm(outputs)
+
+    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
+        refined: Tensor = self.activation(self.norm2(self.refine(super().forward(pixels))))
+        return refined
