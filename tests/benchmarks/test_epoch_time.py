@@ -142,7 +142,8 @@ def test_markdown_has_the_same_cells() -> None:
 
 def test_the_roofline_is_a_lower_bound_and_counts_what_the_flop_counter_counts() -> None:
     cost = step_cost("vit", 4)
-    model = build_model(load_preset("vit").model, tiles=2, tile_size=(32, 32), dim=200)
+    preset = load_preset("vit")
+    model = build_model(preset.model, tiles=2, tile_size=(32, 32), dim=preset.bank.rank)
     assert cost.gflop_per_pair * 1e9 == pytest.approx(model_cost(model, image_shape=(3, 32, 64), num_captions=10_000).training_flops)
     slow, fast = GPUS[0], GPUS[-1]
     least = {gpu.name: least_seconds(cost.work, gpu, parameters=cost.parameters) for gpu in GPUS}
