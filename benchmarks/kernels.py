@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timing
 import torch
 from kernel_jobs import SCALE, Job, WrongResultError, faiss_index, loss_job, make_problem, rank_job, topk_job
 from kernel_plot import draw_curve
 
-from pairclip_fast.allocator import give_back_memory
+from pairclip_fast.allocator import freed_memory_returned, give_back_memory
 from pairclip_fast.kernels import ops
 from pairclip_fast.native import native
 from pairclip_fast.telemetry.memory import reset_host_peak
@@ -52,6 +52,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="times that every variant is timed (default: 5)")
     parser.add_argument("--no-curve", action="store_true", help="leave out the growth with the bank")
     return parser.parse_args(words)
+
+
+class Weighed(NamedTuple):
+    """A variant that gave the right answer, before it is timed."""
+
+    slow: bool
+    extra_mib: float | None
+    """Peak memory of a call beyond what there was before; None for slow variants, and where the system does not say."""
 
 
 def peak_gflops() -> float | None:
@@ -79,18 +87,22 @@ def extra_memory(call: Any) -> float | None:
     return (timing.peak_rss_gib() - before) * 1024
 
 
-def measure(job: Job, *, repeats: int) -> list[Record]:
-    """Verify every variant, weigh it, then time them in turns; the slow ones once."""
-    calls = {name: variant.call for name, variant in job.variants.items()}
-    first: dict[str, float] = {}
-    memory: dict[str, float | None] = {}
+def weigh(job: Job) -> dict[str, Weighed]:
+    """Verify every variant and weigh it, but for the slow ones."""
+    weighed = {}
     for name, variant in job.variants.items():
         started = time.perf_counter()
         if not variant.right(variant.call()):
             raise WrongResultError(f"{job.name}, {name}: not the answer of float64")
-        first[name] = time.perf_counter() - started
-        memory[name] = extra_memory(variant.call) if first[name] < SLOW_SECONDS else None
-    slow = [name for name in calls if first[name] >= SLOW_SECONDS]
+        slow = time.perf_counter() - started >= SLOW_SECONDS
+        weighed[name] = Weighed(slow=slow, extra_mib=None if slow else extra_memory(variant.call))
+    return weighed
+
+
+def measure(job: Job, weighed: dict[str, Weighed], *, repeats: int) -> list[Record]:
+    """Time the variants in turns; the slow ones once."""
+    calls = {name: variant.call for name, variant in job.variants.items()}
+    slow = [name for name in calls if weighed[name].slow]
     times = timing.interleave({name: call for name, call in calls.items() if name not in slow}, repeats=repeats)
     times |= timing.interleave({name: calls[name] for name in slow}, repeats=1)
     walls = {name: timing.spread(one.wall_s for one in times[name]) for name in calls}
@@ -105,7 +117,7 @@ def measure(job: Job, *, repeats: int) -> list[Record]:
             "cpu_s": statistics.median(one.cpu_s for one in times[name]),
             "repeats": walls[name].repeats,
             "gflops": 2e-9 * job.products * job.rows * CAPTIONS * DIM / walls[name].median,
-            "extra_mib": memory[name],
+            "extra_mib": weighed[name].extra_mib,
         }
         | {f"{ours}_faster_by": walls[name].median / walls[ours].median for ours in OURS}
         for name in calls
@@ -180,17 +192,19 @@ def main(words: Sequence[str] | None = None) -> int:
         torch.set_num_threads(asked.threads)
     chosen = ops.implementation(torch.device("cpu"))
     peak = peak_gflops()
-    tables, faiss_version = jobs()
+    try:
+        with freed_memory_returned():  # from the first table on: a hole once in the heap would be filled, and stay
+            tables, faiss_version = jobs()
+            weighed = [weigh(job) for job in tables]
+    except WrongResultError as error:
+        sys.stderr.write(f"kernels.py: {error}\n")
+        return 1
     print(f"kernels: {chosen.name} ({chosen.reason}); threads: {torch.get_num_threads()}; faiss: {faiss_version}")
     if peak is not None:
         print(f"peak of float32 multiply-adds: {peak:.0f} GFLOP/s on these threads")
     rows: list[Record] = []
-    try:
-        for job in tables:
-            rows += measure(job, repeats=asked.repeats)
-    except WrongResultError as error:
-        sys.stderr.write(f"kernels.py: {error}\n")
-        return 1
+    for job, weights in zip(tables, weighed, strict=True):
+        rows += measure(job, weights, repeats=asked.repeats)
     del tables
     growth = [] if asked.no_curve else curve()
     print("\n".join(["", *table(rows, peak=peak), "", *curve_table(growth)]))

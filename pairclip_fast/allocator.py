@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 """Names of `mallopt` settings (malloc.h of glibc)."""
 NEVER = 2**31 - 1
 GROWTH_BYTES = 256 * 2**20
 """How much more than asked for the heap grows by."""
+RETURNED_BYTES, LARGEST_THRESHOLD = 256 * 2**10, 32 * 2**20
 SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROWTH_BYTES}
 
 
@@ -36,3 +39,21 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside, glibc gives every freed block of 256 KiB or more back at once, so that a peak is what was in use.
+
+    Otherwise holes that the next block does not fit into count too: a third of the peak of a step of a few large tensors.
+    Afterwards the limit is the largest that glibc finds by itself (32 MiB). Not for a process that keeps what is freed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)

@@ -108,12 +108,10 @@ class ContrastiveLoss(nn.Module):
 
     def _bank_rows(self, image_features: Tensor, target: Tensor) -> Tensor:
         """`-sum_j w_j log p_j = lse - scale e.t` with `t = sum_j w_j c_j`: soft targets cost one vector per row."""
-        scale = self.scale
-        lse, _ = ops.bank_softmax(image_features, self.bank, scale)
         smoothing = self.config.label_smoothing
         if smoothing:
             target = torch.lerp(target, self._bank_mean.expand_as(target), smoothing)
-        return lse - scale * (image_features * target).sum(dim=1)
+        return ops.bank_cross_entropy(image_features, self.bank, self.scale, target)
 
     def _infonce_rows(self, image_features: Tensor, caption_ids: Tensor, valid: Tensor) -> Tensor:
         """Both directions of InfoNCE (van den Oord et al. 2018; Radford et al. 2021, figure 3), duplicates masked.

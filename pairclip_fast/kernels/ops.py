@@ -18,7 +18,16 @@ from torch import Tensor
 from pairclip_fast.kernels.choice import Implementation, implementation
 from pairclip_fast.kernels.registration import registered
 
-__all__ = ["BankStats", "Implementation", "bank_softmax", "bank_stats", "bank_topk", "implementation", "pair_scores"]
+__all__ = [
+    "BankStats",
+    "Implementation",
+    "bank_cross_entropy",
+    "bank_softmax",
+    "bank_stats",
+    "bank_topk",
+    "implementation",
+    "pair_scores",
+]
 
 MAX_K = 1024
 """Largest `k` of `bank_topk`; the device kernels keep k candidates per row on chip."""
@@ -55,6 +64,39 @@ def bank_softmax(
     _check_scale(scale, emb)
     lse, mean = registered("bank_softmax")(emb, bank, scale)
     return lse, mean
+
+
+def bank_cross_entropy(
+    emb: Float[Tensor, "batch dim"],
+    bank: Float[Tensor, "captions dim"],
+    scale: Float[Tensor, ""],
+    target: Float[Tensor, "batch dim"],
+) -> Float[Tensor, " batch"]:
+    """Cross entropy of the softmax over the whole bank, per row: `lse_i - scale e_i.t_i`.
+
+    The same arithmetic on `bank_softmax` would keep the targets and several gradients of their size; this keeps one.
+
+    Args:
+        emb: Image features.
+        bank: Caption features; frozen.
+        scale: Multiplier of the dot products (1 / temperature).
+        target: `t_i = sum_j w_ij c_j`, the captions a row should point to, with weights that sum to 1; frozen.
+
+    Returns:
+        The loss of each row, differentiable once in `emb` and `scale`.
+
+    Raises:
+        ValueError: as `bank_softmax`, or the target has another shape or wants a gradient.
+    """
+    _check(emb, bank)
+    _check_scale(scale, emb)
+    if target.shape != emb.shape or target.device != emb.device:
+        got = f"{tuple(target.shape)} on {target.device}"
+        raise ValueError(f"target: expected {tuple(emb.shape)} on {emb.device}, got {got}")
+    if target.requires_grad:
+        raise ValueError("target: expected a frozen tensor; its gradient is not implemented")
+    rows: Tensor = registered("bank_cross_entropy")(emb, bank, scale, target)[0]
+    return rows
 
 
 def bank_stats(

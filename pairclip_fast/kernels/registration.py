@@ -20,6 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from pairclip_fast.kernels.choice import kernels_for
 
 NAMESPACE = "pairclip"
+DOTTED_ROWS = 1024
+"""Rows of which products are written down at a time: 2 MB for 512 features."""
 
 
 def registered(name: str) -> Callable[..., Any]:
@@ -50,6 +52,19 @@ def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Ten
         return kernels_for(emb, bank).bank_softmax(emb, bank, scale)
 
 
+def _bank_cross_entropy(emb: Tensor, bank: Tensor, scale: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean turns into the gradient's direction in place: one [B, D] is all that the backward needs."""
+    lse, difference = _bank_softmax(emb, bank, scale)
+    with outside_autocast(emb.device):
+        difference -= target
+        return lse - scale * _row_dots(emb, target, lse.dtype), difference
+
+
+def _row_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    parts = zip(torch.split(left, DOTTED_ROWS), torch.split(right, DOTTED_ROWS), strict=True)
+    return torch.cat([(a.to(dtype) * b.to(dtype)).sum(dim=1) for a, b in parts])
+
+
 def _bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None) -> tuple[Tensor, ...]:
     with ranking(emb.device):
         return kernels_for(emb, bank).bank_stats(emb, bank, scale, targets.long(), groups)
@@ -73,6 +88,10 @@ def _fake_bank_softmax(emb: Tensor, _bank: Tensor, _scale: Tensor) -> tuple[Tens
     return emb.new_empty(emb.shape[0], dtype=_accumulator(emb)), emb.new_empty(emb.shape, dtype=_accumulator(emb))
 
 
+def _fake_bank_cross_entropy(emb: Tensor, bank: Tensor, scale: Tensor, _target: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_bank_softmax(emb, bank, scale)
+
+
 def _fake_bank_stats(emb: Tensor, _bank: Tensor, _scale: Tensor, _targets: Tensor, _groups: Tensor | None) -> tuple[Tensor, ...]:
     dtypes = (_accumulator(emb), _accumulator(emb), torch.int32, torch.int32)
     return tuple(emb.new_empty(emb.shape[0], dtype=dtype) for dtype in dtypes)
@@ -86,20 +105,33 @@ def _fake_bank_topk(emb: Tensor, _bank: Tensor, k: int) -> tuple[Tensor, Tensor]
     return emb.new_empty(emb.shape[0], k, dtype=_accumulator(emb)), emb.new_empty(emb.shape[0], k, dtype=torch.int64)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    emb, _bank, scale = inputs
-    _lse, mean = output
-    ctx.save_for_backward(emb, scale, mean)
-    ctx.mark_non_differentiable(mean)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    emb, _bank, scale = inputs[:3]
+    _, direction = output
+    ctx.save_for_backward(emb, scale, direction)
+    ctx.mark_non_differentiable(direction)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """d row_i / d e_i = scale direction_i; d row_i / d scale = e_i . direction_i (no second pass over the bank)."""
+    emb, scale, direction = ctx.saved_tensors
+    grad_scale = (grad * _row_dots(emb, direction, direction.dtype)).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
+    grad_emb = ((grad[:, None] * scale) * direction).to(emb.dtype) if ctx.needs_input_grad[0] else None
+    return grad_emb, grad_scale
 
 
 @once_differentiable
-def _backward(ctx: Any, grad_lse: Tensor, _grad_mean: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
-    """d lse_i / d e_i = scale mean_i; d lse_i / d scale = e_i . mean_i (no second pass over the bank)."""
-    emb, scale, mean = ctx.saved_tensors
-    grad_emb = ((grad_lse[:, None] * scale) * mean).to(emb.dtype) if ctx.needs_input_grad[0] else None
-    grad_scale = (grad_lse * (emb.to(mean.dtype) * mean).sum(dim=1)).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
+def _softmax_backward(ctx: Any, grad_lse: Tensor, _grad_mean: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+    grad_emb, grad_scale = _gradients(ctx, grad_lse)
     return grad_emb, None, grad_scale
+
+
+@once_differentiable
+def _cross_entropy_backward(
+    ctx: Any, grad_rows: Tensor, _grad_difference: Tensor | None
+) -> tuple[Tensor | None, None, Tensor | None, None]:
+    grad_emb, grad_scale = _gradients(ctx, grad_rows)
+    return grad_emb, None, grad_scale, None
 
 
 def _flops_two_products(emb: torch.Size, bank: torch.Size, *_args: Any, **_kwargs: Any) -> int:
@@ -126,6 +158,13 @@ _register(
     "bank_softmax", "(Tensor emb, Tensor bank, Tensor scale) -> (Tensor, Tensor)", _bank_softmax, _fake_bank_softmax, _flops_two_products
 )
 _register(
+    "bank_cross_entropy",
+    "(Tensor emb, Tensor bank, Tensor scale, Tensor target) -> (Tensor, Tensor)",
+    _bank_cross_entropy,
+    _fake_bank_cross_entropy,
+    _flops_two_products,
+)
+_register(
     "bank_stats",
     "(Tensor emb, Tensor bank, Tensor scale, Tensor targets, Tensor? groups) -> (Tensor, Tensor, Tensor, Tensor)",
     _bank_stats,
@@ -134,4 +173,5 @@ _register(
 )
 _register("pair_scores", "(Tensor emb, Tensor bank, Tensor indices) -> Tensor", _pair_scores, _fake_pair_scores, _flops_chosen)
 _register("bank_topk", "(Tensor emb, Tensor bank, int k) -> (Tensor, Tensor)", _bank_topk, _fake_bank_topk, _flops_one_product)
-torch.library.register_autograd(f"{NAMESPACE}::bank_softmax", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(f"{NAMESPACE}::bank_softmax", _softmax_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(f"{NAMESPACE}::bank_cross_entropy", _cross_entropy_backward, setup_context=_save_for_backward)

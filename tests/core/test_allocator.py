@@ -61,3 +61,26 @@ print((kept - psutil.Process().memory_info().rss) >> 20)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     output = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True).stdout
     assert int(output) > 200
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_peak_of_memory_in_use_counts_no_holes() -> None:
+    """A block that no hole is large enough for: with glibc's own limit the holes before it stay resident."""
+    program = """
+from contextlib import nullcontext
+import sys, psutil
+from pairclip_fast.allocator import freed_memory_returned
+bytearray(30 << 20)  # from here on glibc serves blocks up to this size from the heap
+with freed_memory_returned() if sys.argv[1] == "returned" else nullcontext():
+    before = psutil.Process().memory_info().rss
+    blocks = [bytearray(b"1") * (4 << 20) for _ in range(40)]
+    del blocks[:-1]
+    print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    held = {
+        mode: int(subprocess.run([sys.executable, "-c", program, mode], env=clean, capture_output=True, text=True, check=True).stdout)
+        for mode in ("returned", "kept")
+    }
+    assert held["returned"] <= 8
+    assert held["kept"] > 100, "the control must hold what was freed, or the test shows nothing"

@@ -15,7 +15,7 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pairclip_fast.kernels import cpp, ops, portable, reference
+from pairclip_fast.kernels import cpp, ops, portable, reference, registration
 from pairclip_fast.kernels.choice import VARIABLE
 
 SCALE = torch.tensor(11.0)
@@ -103,6 +103,24 @@ def test_softmax_never_gives_a_silently_wrong_gradient() -> None:
         torch.autograd.grad(grad.sum(), emb)
     with pytest.raises(ValueError, match="frozen"):
         ops.bank_softmax(emb, bank.requires_grad_(), SCALE)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "DOTTED_ROWS", 3)  # four rows: the last part is not full
+    emb, scale = unit(4, 6, dtype=torch.float64).requires_grad_(), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bank, weights = unit(9, 6, seed=1, dtype=torch.float64), torch.rand(4, 9, dtype=torch.float64)
+    weights /= weights.sum(dim=1, keepdim=True)
+    rows = ops.bank_cross_entropy(emb, bank, scale, weights @ bank)
+    want = F.cross_entropy(scale * emb @ bank.T, weights, reduction="none")
+    torch.testing.assert_close(rows, want)
+    importance = torch.rand(4, dtype=torch.float64)
+    got_grads, want_grads = (torch.autograd.grad((loss * importance).sum(), (emb, scale)) for loss in (rows, want))
+    torch.testing.assert_close(got_grads, want_grads)
+    with pytest.raises(ValueError, match="frozen"):
+        ops.bank_cross_entropy(emb, bank, scale, (weights @ bank).requires_grad_())
+    with pytest.raises(ValueError, match="target"):
+        ops.bank_cross_entropy(emb, bank, scale, (weights @ bank).to("meta"))
 
 
 @given(problems())
@@ -253,6 +271,7 @@ def test_wrong_arguments_are_refused(call: Callable[[Tensor, Tensor], object]) -
 def test_registration() -> None:
     emb, bank, targets = unit(3, 4).requires_grad_(), unit(5, 4, seed=1), torch.tensor([0, 1, 4])
     torch.library.opcheck(torch.ops.pairclip.bank_softmax, (emb, bank, SCALE.clone().requires_grad_()))
+    torch.library.opcheck(torch.ops.pairclip.bank_cross_entropy, (emb, bank, SCALE.clone().requires_grad_(), bank[targets]))
     emb = emb.detach()
     torch.library.opcheck(torch.ops.pairclip.bank_stats, (emb, bank, SCALE, targets, torch.arange(5) // 2))
     torch.library.opcheck(torch.ops.pairclip.bank_stats, (emb, bank, SCALE, targets, None))
