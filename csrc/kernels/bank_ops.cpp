@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr std::int64_t kSoftmaxRows = 2048;  // training counts its memory: half the packed queries for 0.7 % more packing
+constexpr std::int64_t kSoftmaxRows = 2048;         // training counts its memory: half the packed queries for 0.7 % more packing
 constexpr std::size_t kCandidateBytes = 32u << 20;  // candidates of all rows that are under way
 
 float log_partition(const SoftmaxRow& row) { return static_cast<float>(row.high + std::log(row.total)); }
