@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def resources() -> dict[str, int]:
         "shared memory": maps.count("/dev/shm"),
         "shards": maps.count(".tar"),
     }
+
+
+def resources_once(settled: Callable[[dict[str, int]], bool], *, seconds: float) -> dict[str, int]:
+    """What is held as soon as `settled` says that it is enough, or when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not settled(held := resources()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return held
 
 
 def native_threads() -> int:
@@ -60,13 +69,11 @@ def test_nothing_is_left_behind(encoding: str, backend: str, folders: dict[str, 
 
     for way in ("break", "drop"):
         once(way)  # what the libraries keep for good is there now
-    before, native = resources(), native_threads()
+    before, native = resources_once(lambda held: held["threads"] == 0, seconds=DROPPED_SECONDS), native_threads()
     assert (before["threads"], before["shards"]) == (0, 0)
     for way in ("break", "exception", "two iterators", "drop", "close"):
         once(way)
-        deadline = time.monotonic() + (DROPPED_SECONDS if way == "drop" else 0.0)
-        while (left := resources()) != before and time.monotonic() < deadline:
-            time.sleep(0.01)
+        left = resources_once(lambda held: held == before, seconds=DROPPED_SECONDS if way == "drop" else 0.0)
         assert left == before, way
     assert native_threads() <= native + 1
 
