@@ -277,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if rows:
         print("\n".join(["", *table(rows)]))
         if asked.json:
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()}
+            settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(asked).items()}
             timing.write_record(asked.json, name="loader", rows=rows, settings=settings)
         if asked.plot:
             plot(rows, asked.plot)

@@ -107,6 +107,8 @@ class BankConfig:
     """Dimensions kept by whitening (at most the rank of the centred bank)."""
     strength: float = 1.0
     """How far whitening goes: directions are divided by their standard deviation to this power; 0 only centres."""
+    prompt_ensemble: bool = False
+    """Before whitening, reduce every caption to what its two names mean over all their captions; see `text.whiten.name_means`."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "bank.rank", "1 or more", self.rank)

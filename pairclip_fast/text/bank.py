@@ -28,7 +28,7 @@ from pairclip_fast.storage import REAL, FileSystem
 from pairclip_fast.text.bank_file import check_features, read_bank_file, text_list, write_bank_file
 from pairclip_fast.text.choice import choose_encoder, why_embed_again
 from pairclip_fast.text.encoders import DEFAULT_BATCH_SIZE, TextEncoder
-from pairclip_fast.text.whiten import apply_map, whitening_map
+from pairclip_fast.text.whiten import apply_map, name_means, whitening_map
 
 BANK_NAME = "captions.safetensors"
 REBUILD = "make it anew with `pairclip-fast embed --data DIR`"
@@ -103,21 +103,23 @@ class CaptionBank:
         _, first, inverse = np.unique(same_row[same_text], return_index=True, return_inverse=True)
         return torch.from_numpy(first[inverse].astype(np.int64))
 
-    def whiten(self, rank: int, *, strength: float = 1.0) -> CaptionBank:
+    def whiten(self, rank: int, *, strength: float = 1.0, prompt_ensemble: bool = False) -> CaptionBank:
         """This bank centred, PCA-whitened to `rank` directions and L2-normalised: a fixed linear map (kept as fields).
 
         Args:
             rank: At most this many directions; fewer if the centred bank has fewer.
             strength: How far; see `whitening_map`.
+            prompt_ensemble: Take the means of the names (`name_means`) for the captions' own features, in the map and under it.
 
         Raises:
             DataError: the captions cannot be told apart.
-            ValueError: the bank is whitened already, or the rank is not positive.
+            ValueError: the bank is whitened already, the rank is not positive, or an ensemble of free captions is asked for.
         """
-        if self.kind != "raw" or rank < 1:
-            raise ValueError(f"cannot whiten a {self.kind} bank to rank {rank}")
-        mean, projection = whitening_map(self.text_features, rank=rank, strength=strength)
-        features = apply_map(self.text_features, mean=mean, projection=projection)
+        if self.kind != "raw" or rank < 1 or (prompt_ensemble and self.free_captions):
+            raise ValueError(f"cannot whiten a {self.kind} bank to rank {rank}" + " with an ensemble" * prompt_ensemble)
+        rows = name_means(self.text_features, classes=len(self.class_names)) if prompt_ensemble else self.text_features
+        mean, projection = whitening_map(rows, rank=rank, strength=strength)
+        features = apply_map(rows, mean=mean, projection=projection)
         return dataclasses.replace(self, text_features=features, kind="whiten", mean=mean, projection=projection)
 
     def map_features(self, raw_features: Float[Tensor, "m raw"]) -> Float[Tensor, "m dim"]:

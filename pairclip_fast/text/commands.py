@@ -42,7 +42,9 @@ def run_embed(options: EmbedOptions, *, events: EventLog) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     events.say("inspecting the bank")
     temperature, smoothing = config.loss.temperature, config.loss.label_smoothing
-    banks = (bank, bank.whiten(config.bank.rank, strength=config.bank.strength))
+    bank_config = config.bank
+    white = bank.whiten(bank_config.rank, strength=bank_config.strength, prompt_ensemble=bank_config.prompt_ensemble)
+    banks = (bank, white)
     return {
         "path": str(path),
         "encoder": bank.encoder,

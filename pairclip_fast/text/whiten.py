@@ -41,6 +41,23 @@ def principal_axes(
     return mean, variances[:rank], axes * axes.gather(0, strongest).sign()
 
 
+def name_means(features: Float[Tensor, "n dim"], *, classes: int) -> Float64[Tensor, "n dim"]:
+    """Each caption as the sum of what its left and its right name mean by themselves: the main effects of a two-way layout.
+
+    The features of all captions with the same name on the same side are averaged, so that what the encoder makes of the
+    other name in the sentence cancels: row (l, r) becomes `mean over r + mean over l - mean over both`. This is prompt
+    ensembling (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 3.1.4, which averages a class name over
+    80 templates) with the captions of the bank as the templates.
+
+    Args:
+        features: The raw bank of a caption template, caption id = left * classes + right.
+        classes: Class names that the template was filled with.
+    """
+    rows = features.double().reshape(classes, classes, -1)
+    left, right = rows.mean(1, keepdim=True), rows.mean(0, keepdim=True)
+    return (left + right - rows.mean((0, 1))).reshape(classes * classes, -1)
+
+
 def whitening_map(
     features: Float[Tensor, "n dim"], *, rank: int, strength: float = 1.0
 ) -> tuple[Float64[Tensor, " dim"], Float64[Tensor, "dim rank"]]:

@@ -88,7 +88,8 @@ class Parts:
 
 def used_bank(raw: CaptionBank, config: RunConfig) -> CaptionBank:
     """The bank that the run trains against, from the text encoder's."""
-    return raw.whiten(config.bank.rank, strength=config.bank.strength) if config.bank.kind == "whiten" else raw
+    bank = config.bank
+    return raw.whiten(bank.rank, strength=bank.strength, prompt_ensemble=bank.prompt_ensemble) if bank.kind == "whiten" else raw
 
 
 def run_bank(

@@ -13,7 +13,7 @@ from pairclip_fast.events import EventLog
 from pairclip_fast.text.bank import CaptionBank, embed_bank
 from pairclip_fast.text.hashed import HashedEncoder
 from pairclip_fast.text.inspect import swap_cosine
-from pairclip_fast.text.whiten import apply_map, principal_axes, whitening_map
+from pairclip_fast.text.whiten import apply_map, name_means, principal_axes, whitening_map
 
 from .conftest import TEMPLATE
 
@@ -109,3 +109,30 @@ def test_a_feature_on_the_mean_has_no_direction() -> None:
 def test_whitening_twice_is_our_bug() -> None:
     with pytest.raises(ValueError, match="whiten"):
         bank_of(cone(9, 4, seed=0)).whiten(2).whiten(2)
+
+
+@given(st.integers(2, 6), st.integers(1, 8), st.integers(0, 99))
+def test_the_ensemble_keeps_what_the_names_say_and_drops_what_their_combination_says(classes: int, dim: int, seed: int) -> None:
+    """Oracle: features built as left + right + combination, where a combination has mean zero over either name."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(classes, 1, dim, generator=generator, dtype=torch.float64)
+    right = torch.randn(1, classes, dim, generator=generator, dtype=torch.float64)
+    combination = torch.randn(classes, classes, dim, generator=generator, dtype=torch.float64)
+    combination = combination - combination.mean(0) - combination.mean(1, keepdim=True) + combination.mean((0, 1))
+    parts = (left + right).flatten(0, 1)
+    features = parts + combination.flatten(0, 1)
+    assert torch.allclose(name_means(features, classes=classes), parts, atol=1e-12)
+    one_sided = features.unflatten(0, (classes, classes)).mean(1, keepdim=True).expand(-1, classes, -1).flatten(0, 1)
+    assert not torch.allclose(one_sided, parts, atol=1e-3), "averaging one side only loses the other"
+
+
+def test_an_ensembled_bank_still_tells_all_captions_apart() -> None:
+    names = ("cat", "dog", "red fox", "oak")
+    raw = embed_bank(HashedEncoder(), class_names=names, template=TEMPLATE, events=EventLog(None))
+    plain, ensembled = raw.whiten(64), raw.whiten(64, prompt_ensemble=True)
+    assert ensembled.dim == 2 * (len(names) - 1), "one direction per name and side, but for the means"
+    assert ensembled.groups.tolist() == plain.groups.tolist() == list(range(16))
+    top = ensembled.text_features @ ensembled.text_features.T
+    assert torch.equal(top.argmax(1), torch.arange(16))
+    with pytest.raises(ValueError, match="ensemble"):
+        bank_of(cone(4, 3, seed=0)).whiten(2, prompt_ensemble=True)
