@@ -44,15 +44,20 @@ struct Tiles {
     _tile_zero(2);
     _tile_zero(3);
   }
-  static void left(const void* tiles) {
+  static void load(const float* from, std::ptrdiff_t stride) {
     memory_barrier();
+    _tile_loadd(0, from, stride * 4);
+    _tile_loadd(1, from + 16, stride * 4);
+    _tile_loadd(2, from + 16 * stride, stride * 4);
+    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+  }
+  static void left(const void* tiles) {
     _tile_loadd(4, tiles, 64);
     _tile_loadd(5, static_cast<const char*>(tiles) + kTileBytes, 64);
   }
   static void right(const void* tiles) {
-    memory_barrier();
-    _tile_loadd(6, tiles, 64);
-    _tile_loadd(7, static_cast<const char*>(tiles) + kTileBytes, 64);
+    _tile_stream_loadd(6, tiles, 64);
+    _tile_stream_loadd(7, static_cast<const char*>(tiles) + kTileBytes, 64);
   }
   static void multiply() {
     _tile_dpbf16ps(0, 4, 6);
@@ -60,7 +65,7 @@ struct Tiles {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  static void store(float* out, int stride) {
+  static void store(float* out, std::ptrdiff_t stride) {
     _tile_stored(0, out, stride * 4);
     _tile_stored(1, out + 16, stride * 4);
     _tile_stored(2, out + 16 * stride, stride * 4);
@@ -108,7 +113,10 @@ struct Tiles {
       }
     }
   }
-  static void store(float* out, int stride) {
+  static void load(const float* from, std::ptrdiff_t stride) {
+    for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], from + row * stride, sizeof state().sums[row]);
+  }
+  static void store(float* out, std::ptrdiff_t stride) {
     for (int row = 0; row < 32; ++row) std::memcpy(out + row * stride, state().sums[row], sizeof state().sums[row]);
   }
 };
