@@ -11,8 +11,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr std::int64_t kSoftmaxRows = 2048;         // training counts its memory: half the packed queries for 0.7 % more packing
-constexpr std::size_t kCandidateBytes = 32u << 20;  // candidates of all rows that are under way
+constexpr std::size_t kQueryBytes = 4u << 20;       // of packed queries: training counts its memory
+constexpr std::size_t kCandidateBytes = 32u << 20;  // of candidates of all rows that are under way
 
 // Before any logit: below all of them, and finite, so that a logit of -inf has a weight (of 0).
 constexpr SoftmaxRow kNothing{std::numeric_limits<float>::lowest(), 1.0f, 0.0};
@@ -24,12 +24,16 @@ float log_partition(const SoftmaxRow& row, float scale) {
   return static_cast<float>(row.high * nats + std::log(row.total));
 }
 
-// Calls work(engine, begin, end) for batches of rows; once more with the fallback if the engine refuses the numbers.
-template <class Work>
-void in_batches(const Call& call, std::int64_t most, const Work& work) {
+std::int64_t all_at_once(const Engine&) { return kMostRows; }
+
+// Calls work(engine, begin, end) for batches of at most most(engine) rows; once more with the fallback if the engine refuses the
+// numbers.
+template <class Most, class Work>
+void in_batches(const Call& call, const Most& most, const Work& work) {
   for (const Engine* engine = &call.engine; engine != nullptr; engine = engine->fallback) try {
-      for (std::int64_t begin = 0; begin < call.emb.rows; begin += most)
-        work(*engine, begin, std::min(call.emb.rows, begin + most));
+      const std::int64_t rows = std::clamp<std::int64_t>(most(*engine), 1, kMostRows);
+      for (std::int64_t begin = 0; begin < call.emb.rows; begin += rows)
+        work(*engine, begin, std::min(call.emb.rows, begin + rows));
       return;
     } catch (const Unrepresentable&) {
       if (engine->fallback == nullptr) throw;
@@ -40,7 +44,8 @@ void in_batches(const Call& call, std::int64_t most, const Work& work) {
 
 void bank_softmax(const Call& call, float scale, float* lse, float* mean) {
   const int depth = call.bank.depth;
-  in_batches(call, kSoftmaxRows, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
+  const auto most = [&](const Engine& engine) { return engine.rows * (kQueryBytes / engine.query_bytes(depth)); };
+  in_batches(call, most, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     std::vector<MixedRow> rows(end - begin, {kNothing, 0.0});
     std::fill(mean + begin * depth, mean + end * depth, 0.0f);
@@ -61,7 +66,7 @@ void bank_softmax(const Call& call, float scale, float* lse, float* mean) {
 
 void bank_stats(const Call& call, float scale, const Chosen& positives, float* lse, float* best, std::int32_t* greater,
                 std::int32_t* equal) {
-  in_batches(call, kMostRows, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
+  in_batches(call, all_at_once, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     std::vector<StatsRow> rows(end - begin, {kNothing, -kInfinity, 0, 0, false});
     const Chosen chosen{positives.captions, positives.first.subspan(begin, end - begin),
@@ -85,7 +90,7 @@ void bank_stats(const Call& call, float scale, const Chosen& positives, float* l
 }
 
 void pair_scores(const Call& call, const std::int64_t* indices, std::int64_t chosen, float* scores) {
-  in_batches(call, kMostRows, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
+  in_batches(call, all_at_once, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     std::vector<std::int64_t> first(end - begin + 1);
     for (std::size_t i = 0; i < first.size(); ++i) first[i] = static_cast<std::int64_t>(i) * chosen;
@@ -101,7 +106,7 @@ void pair_scores(const Call& call, const std::int64_t* indices, std::int64_t cho
 
 void bank_topk(const Call& call, int k, float* scores, std::int64_t* indices) {
   const TopkSize size{.k = k, .capacity = (std::max(2 * k, k + 128) + kMostOffered + 2 * kSlack - 1) / kSlack * kSlack};
-  const std::int64_t most = std::clamp<std::int64_t>(kCandidateBytes / (2 * sizeof(std::int32_t) * size.capacity), 1, kMostRows);
+  const auto most = [&](const Engine&) { return kCandidateBytes / (2 * sizeof(std::int32_t) * size.capacity); };
   in_batches(call, most, [&](const Engine& engine, std::int64_t begin, std::int64_t end) {
     const Stream stream(engine, call.emb, begin, end, call.bank, call.threads);
     const Buffer numbers((end - begin) * 2 * sizeof(std::int32_t) * size.capacity);
