@@ -208,7 +208,7 @@ struct TileProducts {
       const float* last = scores[first / kWidth % 2 ^ 1];
       int row = first == 0 ? step.rows : 0;
       Tiles::clear();
-      multiply<Parts>(queries, keys, depth_steps, [&] {
+      multiply<Parts>(queries, keys, depth_steps, [&]() __attribute__((always_inline)) {
         const int end = row + rows_at_once < step.rows ? row + rows_at_once : step.rows;
         if (row < end) use(Part{last, first - kWidth, row, end});
         row = end;
