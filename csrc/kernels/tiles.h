@@ -2,7 +2,8 @@
 //
 // Registers 0 to 3 hold the 32 x 32 float32 sums, 4 and 5 the upper and lower 16 rows of the left factor (32 bfloat16 each),
 // 6 and 7 the left and right 16 columns of the right factor (16 pairs of depth by 16 columns). A tile in memory is 1 KB,
-// contiguous. `multiply` adds the four products of 16 x 32 by 32 x 16: 65,536 multiply-adds in four instructions.
+// contiguous. `multiply` adds the four products of 16 x 32 by 32 x 16: 65,536 multiply-adds in four instructions. Where fewer
+// rows or columns are of interest, `Rows` and `Columns` count those that are in sixteens.
 //
 // The software twin repeats what the processor documents for tdpbf16ps (Intel SDM, volume 2): even and odd members of the
 // pairs are summed apart from zero, then added, then added to the sums; denormal numbers count as zero everywhere. (It rounds
@@ -38,11 +39,13 @@ struct Tiles {
     _tile_loadconfig(&kConfig);
   }
   static void end() { _tile_release(); }
+
+  template <int Rows = 2, int Columns = 2>
   static void clear() {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (Columns == 2) _tile_zero(1);
+    if constexpr (Rows == 2) _tile_zero(2);
+    if constexpr (Rows == 2 && Columns == 2) _tile_zero(3);
   }
   static void left(const void* tiles) {
     memory_barrier();
@@ -60,11 +63,47 @@ struct Tiles {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  // Loads both factors and multiplies. Each load stands just before its first use, so that the tile unit waits for none but the
+  // first; `streamed` factors are not worth keeping in the first-level cache.
+  template <int Rows = 2, int Columns = 2>
+  static void multiply(const void* left, const void* right, bool streamed = false) {
+    const char *a = static_cast<const char*>(left), *b = static_cast<const char*>(right);
+    memory_barrier();
+    if (streamed) {
+      _tile_stream_loadd(4, a, 64);
+    } else {
+      _tile_loadd(4, a, 64);
+    }
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Columns == 2) {
+      _tile_loadd(7, b + kTileBytes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Rows == 2) {
+      if (streamed) {
+        _tile_stream_loadd(5, a + kTileBytes, 64);
+      } else {
+        _tile_loadd(5, a + kTileBytes, 64);
+      }
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  // The sums as `store` left them.
+  static void load(const float* sums, int stride) {
+    memory_barrier();
+    _tile_loadd(0, sums, stride * 4);
+    _tile_loadd(1, sums + 16, stride * 4);
+    _tile_loadd(2, sums + 16 * stride, stride * 4);
+    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
+  }
+  template <int Rows = 2, int Columns = 2>
   static void store(float* out, int stride) {
     _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + 16, stride * 4);
-    _tile_stored(2, out + 16 * stride, stride * 4);
-    _tile_stored(3, out + 16 * stride + 16, stride * 4);
+    if constexpr (Columns == 2) _tile_stored(1, out + 16, stride * 4);
+    if constexpr (Rows == 2) _tile_stored(2, out + 16 * stride, stride * 4);
+    if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, out + 16 * stride + 16, stride * 4);
     memory_barrier();
   }
 };
@@ -83,7 +122,10 @@ struct Tiles {
   }
   static void begin() {}
   static void end() {}
-  static void clear() { std::memset(state().sums, 0, sizeof state().sums); }
+  template <int Rows = 2, int Columns = 2>
+  static void clear() {
+    std::memset(state().sums, 0, sizeof state().sums);
+  }
   static void left(const void* tiles) { std::memcpy(state().left, tiles, sizeof state().left); }
   static void right(const void* tiles) { std::memcpy(state().right, tiles, sizeof state().right); }
 
@@ -108,8 +150,18 @@ struct Tiles {
       }
     }
   }
+  template <int Rows = 2, int Columns = 2>
+  static void multiply(const void* left, const void* right, bool /*streamed*/ = false) {
+    std::memcpy(state().left, left, Rows * kTileBytes);
+    std::memcpy(state().right, right, Columns * kTileBytes);
+    multiply();  // what is left out of the factors gives sums that nobody stores
+  }
+  static void load(const float* sums, int stride) {
+    for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], sums + row * stride, sizeof state().sums[row]);
+  }
+  template <int Rows = 2, int Columns = 2>
   static void store(float* out, int stride) {
-    for (int row = 0; row < 32; ++row) std::memcpy(out + row * stride, state().sums[row], sizeof state().sums[row]);
+    for (int row = 0; row < 16 * Rows; ++row) std::memcpy(out + row * stride, state().sums[row], Columns * 16 * sizeof(float));
   }
 };
 
