@@ -100,7 +100,7 @@ class RowPass {
   }
 
   template <class Of, class Finish>
-  void mlp(const BlockBuffers& block, Of, Finish finish) const {
+  void mlp(const BlockBuffers& block, Of activation, Finish finish) const {
     const int panels = shape_.mlp_panels();
     in_pieces(
         product(block.mlp_in, panels_, block.forward[kUp], panels), product(block.hidden, panels, block.forward[kDown], panels_),
@@ -109,7 +109,7 @@ class RowPass {
           Row value, slope;
 #pragma GCC unroll 8
           for (int i = 0; i < kVecs; ++i) {
-            const Activated found = Of::of(in.part[i]);
+            const Activated found = activation(in.part[i]);
             value.part[i] = found.value;
             slope.part[i] = found.slope;
           }

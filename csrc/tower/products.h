@@ -27,8 +27,6 @@ struct Depth {
   bool first, last;
 };
 
-inline void prefetch(const void* where) { __builtin_prefetch(where, 0, 2); }
-
 // finish(strip, panel, row, sums): the 32 sums of one row. Called for every row if this is the last part of the depth.
 template <class Finish>
 void multiply(const Product& product, Depth depth, Finish finish) {

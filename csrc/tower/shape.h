@@ -12,7 +12,7 @@ constexpr int kBlockNumbers = kBlock * kBlock;
 constexpr int kMostStrips = 16;          // of a task: their inputs, sums and hidden pieces fill a second-level cache
 constexpr int kPiece = 16;               // blocks of depth that are summed up before the sums leave the registers
 constexpr int kMostGradientBlocks = 16;  // of a task of weight gradients, each way: 1 MB of sums
-constexpr int kGradientStrips = 8;       // rows of tokens that such a task packs at a time, in blocks
+constexpr int kGradientStrips = 12;      // rows of tokens that such a task packs at a time, in blocks
 
 constexpr int kParametersPerBlock = 12;
 

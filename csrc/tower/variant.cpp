@@ -113,7 +113,7 @@ void norm_gradient(const Pass& pass, int number, int norm) {
 void activate(Activation activation, const float* numbers, int count, float* values, float* slopes) {
   with_activation(activation, [&](auto chosen) {
     for (int i = 0; i < count; i += kLanes) {
-      const Activated found = decltype(chosen)::of(load(numbers + i));
+      const Activated found = chosen(load(numbers + i));
       store(values + i, found.value);
       store(slopes + i, found.slope);
     }

@@ -33,7 +33,8 @@ class WeightGradientTask {
     for (int round = 0; round < rounds; ++round) {
       const Range strips{call_.strips * round / rounds, call_.strips * (round + 1) / rounds};
       pack(strips);
-      add(strips.end - strips.begin, round == 0, round == rounds - 1);
+      const Range next{strips.end, static_cast<int>(call_.strips * (round + 2) / rounds)};
+      add(strips.end - strips.begin, round == rounds - 1 ? Range{0, 0} : next, round == 0);
     }
   }
 
@@ -53,11 +54,15 @@ class WeightGradientTask {
     }
   }
 
-  void add(int strips, bool first, bool last) {
-    const int stride = call_.input_panels * kBlock;
-    for (int i = 0; i < outputs_; ++i)
-      for (int j = 0; j < inputs_; ++j) {
-        float* sums = sums_ + static_cast<std::size_t>(i * inputs_ + j) * kBlockNumbers;
+  // Meanwhile the rows that are packed next come into the second-level cache, a few lines per step.
+  void add(int strips, Range next, bool first) {
+    const int stride = call_.input_panels * kBlock, blocks = outputs_ + inputs_;
+    const bool last = next.begin == next.end;
+    const int wanted = (next.end - next.begin) * blocks, pairs = outputs_ * inputs_;
+    int fetched = 0, done = 0;
+    for (int j = 0; j < inputs_; ++j)
+      for (int i = 0; i < outputs_; ++i) {
+        float* sums = sums_ + static_cast<std::size_t>(j * outputs_ + i) * kBlockNumbers;
         if (first) {
           Tiles::clear();
         } else {
@@ -65,7 +70,14 @@ class WeightGradientTask {
         }
         const bf16 *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
                    *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
-        for (int k = 0; k < strips; ++k) Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers);
+        const int until = wanted * ++done / pairs;
+        const float* next_sums = sums + kBlockNumbers;
+        const int lines = (64 + strips - 1) / strips;
+        for (int k = 0; k < strips; ++k) {
+          for (int line = k * lines; line < (k + 1) * lines; ++line) __builtin_prefetch(next_sums + line * 16, 1, 3);
+          if (fetched < until) fetch(next.begin + fetched / blocks, fetched % blocks), ++fetched;
+          Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
+        }
         if (last) {
           Tiles::store(call_.weight + (call_.outputs.begin + i) * static_cast<std::size_t>(kBlock) * stride +
                            (call_.depth.begin + j) * kBlock,
@@ -74,6 +86,14 @@ class WeightGradientTask {
           Tiles::store(sums, kBlock);
         }
       }
+  }
+
+  void fetch(int strip, int block) const {
+    const bf16* from =
+        block < outputs_
+            ? block_at(const_cast<bf16*>(call_.gradients), call_.gradient_panels, strip, call_.outputs.begin + block)
+            : block_at(const_cast<bf16*>(call_.inputs), call_.input_panels, strip, call_.depth.begin + block - outputs_);
+    for (int line = 0; line < kBlock; ++line) prefetch(from + line * kBlock);
   }
 
   const WeightGradient& call_;
