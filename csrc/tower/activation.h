@@ -125,9 +125,7 @@ struct Gelu {
 #endif
 
 struct Relu {
-  Activated operator()(Vec x) const {
-    return {choose(x > 0.0f, x, x * 0.0f), choose(x > 0.0f, set(1.0f), x * 0.0f)};
-  }  // keeps NaN
+  Activated operator()(Vec x) const { return {high(set(0.0f), x), choose(x > 0.0f, set(1.0f), Vec{})}; }  // NaN stays NaN
 };
 
 // x * s(x) and s + x * s * (1 - s) with the logistic function s (Elfwing et al. 2018).

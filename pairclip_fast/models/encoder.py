@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class ImageEncoder(nn.Module):
         again: Tensor = checkpoint(part, inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
         return again
 
-    def run_blocks(self, blocks: Sequence[nn.Module], tokens: Float[Tensor, "folded tokens embedding"]) -> Float[Tensor, "folded tokens embedding"]:
+    def run_blocks(
+        self, blocks: nn.ModuleList, tokens: Float[Tensor, "folded tokens embedding"]
+    ) -> Float[Tensor, "folded tokens embedding"]:
         """The tokens after all transformer blocks: as one function where that is covered, else block by block."""
         if not self.recompute and tower.takes(blocks, tokens):
             return tower.run(blocks, tokens)

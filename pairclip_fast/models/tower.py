@@ -10,7 +10,6 @@ Everything else (evaluation, other devices and precisions, recomputing, compilin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,28 +58,30 @@ class Workspace(NamedTuple):
 _free: list[Workspace] = []
 
 
-def choose(blocks: Sequence[nn.Module], *, device: torch.device, autocast: torch.dtype | None, recompute: bool, compiled: bool) -> Implementation:
+def implementation(
+    blocks: nn.ModuleList | None, *, device: torch.device, autocast: torch.dtype | None, recompute: bool, compiled: bool
+) -> Implementation:
     """What trains `blocks` on `device`.
 
     Args:
-        blocks: The transformer's blocks; none for another kind of encoder.
+        blocks: The transformer's blocks; None for another kind of encoder.
         device: Of the parameters.
         autocast: Its dtype, None without autocast.
         recompute: Whether activations are computed again.
         compiled: Whether `torch.compile` has the encoder.
     """
-    if not blocks:
+    if blocks is None:
         return Implementation("none", "the encoder is no transformer")
     reasons = {
-        f"there is none of our own for {device.type}": device.type != "cpu",
-        "for bfloat16 autocast only": autocast != torch.bfloat16,
+        f"nothing of our own for {device.type}": device.type != "cpu",
+        "not under bfloat16 autocast": autocast != torch.bfloat16,
         "activations are recomputed": recompute,
-        "torch.compile has the encoder": compiled,
+        "compiled by torch": compiled,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None) or why_not_here() or _why_not(blocks)
     if reason is not None:
         return Implementation("torch", reason)
-    return Implementation("cpp", f"C++, {ENGINE}, all blocks at once, bfloat16 tiles, float32 sums")
+    return Implementation("cpp", f"C++, {ENGINE}, bfloat16 tiles, float32 sums")
 
 
 def why_not_here() -> str | None:
@@ -91,7 +92,7 @@ def why_not_here() -> str | None:
     return None if ENGINE in found.module.tower.engines() else f"no matrix tiles ({found.module.isa()})"
 
 
-def takes(blocks: Sequence[nn.Module], tokens: Tensor) -> bool:
+def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
     """Whether `run` is for this forward pass: training under bfloat16 autocast on this CPU, sizes and layout covered."""
     return (
         tokens.device.type == "cpu"
@@ -106,27 +107,39 @@ def takes(blocks: Sequence[nn.Module], tokens: Tensor) -> bool:
     )
 
 
-def run(blocks: Sequence[nn.Module], tokens: Float[Tensor, "batch tokens width"], *, engine: str = ENGINE) -> Float[Tensor, "batch tokens width"]:
-    """The tokens after all blocks, of the same dtype. `engine` is for tests."""
+def run(
+    blocks: nn.ModuleList, tokens: Float[Tensor, "batch tokens width"], *, engine: str | None = None
+) -> Float[Tensor, "batch tokens width"]:
+    """The tokens after all blocks, of the same dtype; see `takes`. `engine` is for tests.
+
+    The gradient's backward pass runs once per forward pass; a second one raises RuntimeError.
+    """
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads())
-    result: Tensor = _Tower.apply(tokens.float(), sizes, engine, *parameters)
+    result: Tensor = _Tower.apply(tokens.float(), sizes, engine or ENGINE, *parameters)
     return result.to(tokens.dtype)
 
 
-def sizes_of(blocks: Sequence[nn.Module], tokens: Tensor, *, threads: int) -> Sizes:
+def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int) -> Sizes:
     """Of a forward pass."""
     first = blocks[0]
     assert isinstance(first, Block)
-    return Sizes(*tokens.shape, first.mlp[0].out_features, first.attention.heads, len(blocks), first.pre_norm, activation_of(first), threads)  # type: ignore[arg-type]
+    batch, count, _width = tokens.shape
+    width, mlp_width, heads, pre_norm, activation = _description(first)
+    return Sizes(
+        batch=batch,
+        tokens=count,
+        width=width,
+        mlp_width=mlp_width,
+        heads=heads,
+        depth=len(blocks),
+        pre_norm=pre_norm,
+        activation=activation,
+        threads=threads,
+    )
 
 
-def activation_of(block: Block) -> str:
-    """Its name in the configuration; empty for one that is not there."""
-    return next((name for name, kind in ACTIVATIONS.items() if type(block.mlp[1]) is kind), "")
-
-
-def _why_not(blocks: Sequence[nn.Module]) -> str | None:
+def _why_not(blocks: nn.ModuleList) -> str | None:
     """The reason why these blocks are not covered."""
     if not all(isinstance(block, Block) and block.training for block in blocks):
         return "not in training"
@@ -146,9 +159,11 @@ def _why_not(blocks: Sequence[nn.Module]) -> str | None:
 
 
 def _description(block: Block) -> tuple[int, int, int, bool, str]:
-    width, mlp_width = block.attention.qkv.in_features, block.mlp[0].out_features
-    assert isinstance(mlp_width, int)
-    return width, mlp_width, block.attention.heads, block.pre_norm, activation_of(block)
+    """Width, MLP width, heads, norms before, and the activation's name; all in all, what blocks of a tower have in common."""
+    inner = block.mlp[0]
+    assert isinstance(inner, nn.Linear)
+    activation = next(name for name, kind in ACTIVATIONS.items() if type(block.mlp[1]) is kind)
+    return inner.in_features, inner.out_features, block.attention.heads, block.pre_norm, activation
 
 
 class _Lease:
@@ -204,8 +219,6 @@ class _Tower(torch.autograd.Function):
         sizes = ctx.lease.workspace.sizes
         (memory,) = ctx.saved_tensors
         found, gradients = torch.empty(gradient.shape), [torch.empty(shape) for shape in ctx.shapes]
-        native().module.tower.backward(
-            ctx.engine, sizes.threads, _shape(sizes), memory, gradient.float().contiguous(), found, gradients
-        )
+        native().module.tower.backward(ctx.engine, sizes.threads, _shape(sizes), memory, gradient.float().contiguous(), found, gradients)
         ctx.lease.give_back()
         return found, None, None, *gradients
