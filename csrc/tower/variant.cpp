@@ -10,19 +10,24 @@ namespace {
 #define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
 // Denormal numbers count as zero, as the tiles have it anyway: gradients fade out, and each denormal costs a hundred others.
+// The thread may be the caller's, so it gets its own setting back.
+#if defined(__SSE__)
 constexpr unsigned kDenormalsAreZero = 0x8040;  // flush to zero, denormals are zero (Intel SDM, volume 1, 10.2.3)
+thread_local unsigned setting_of_the_caller;
+#endif
 
 void begin() {
   Tiles::begin();
 #if defined(__SSE__)
-  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | kDenormalsAreZero);
+  setting_of_the_caller = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(setting_of_the_caller | kDenormalsAreZero);
 #endif
 }
 
 void end() {
   Tiles::end();
 #if defined(__SSE__)
-  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() & ~kDenormalsAreZero);
+  __builtin_ia32_ldmxcsr(setting_of_the_caller);
 #endif
 }
 

@@ -54,41 +54,41 @@ class WeightGradientTask {
     }
   }
 
-  // Meanwhile the rows that are packed next come into the second-level cache, a few lines per step.
-  void add(int strips, Range next, bool first) {
-    const int stride = call_.input_panels * kBlock, blocks = outputs_ + inputs_;
-    const bool last = next.begin == next.end;
-    const int wanted = (next.end - next.begin) * blocks, pairs = outputs_ * inputs_;
-    int fetched = 0, done = 0;
-    for (int j = 0; j < inputs_; ++j)
-      for (int i = 0; i < outputs_; ++i) {
-        float* sums = sums_ + static_cast<std::size_t>(j * outputs_ + i) * kBlockNumbers;
-        if (first) {
-          Tiles::clear();
-        } else {
-          Tiles::load(sums, kBlock);
-        }
-        const bf16 *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
-                   *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
-        const int until = wanted * ++done / pairs;
-        const float* next_sums = sums + kBlockNumbers;
-        const int lines = (64 + strips - 1) / strips;
-        for (int k = 0; k < strips; ++k) {
-          for (int line = k * lines; line < (k + 1) * lines; ++line) __builtin_prefetch(next_sums + line * 16, 1, 3);
-          if (fetched < until) fetch(next.begin + fetched / blocks, fetched % blocks), ++fetched;
-          Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
-        }
-        if (last) {
-          Tiles::store(call_.weight + (call_.outputs.begin + i) * static_cast<std::size_t>(kBlock) * stride +
-                           (call_.depth.begin + j) * kBlock,
-                       stride);
-        } else {
-          Tiles::store(sums, kBlock);
-        }
+  // One round's products. Meanwhile the sums that come next go to the first-level cache, and what is packed next to the second.
+  void add(int strips, Range next, bool first) const {
+    const int stride = call_.input_panels * kBlock, pairs = outputs_ * inputs_;
+    const int wanted = (next.end - next.begin) * (outputs_ + inputs_), lines = (2 * kBlock + strips - 1) / strips;
+    int fetched = 0;
+    for (int pair = 0; pair < pairs; ++pair) {
+      const int i = pair % outputs_, j = pair / outputs_;
+      float* sums = sums_ + static_cast<std::size_t>(pair) * kBlockNumbers;
+      const bf16 *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
+                 *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
+      const int until = wanted * (pair + 1) / pairs;
+      if (first) {
+        Tiles::clear();
+      } else {
+        Tiles::load(sums, kBlock);
       }
+      for (int k = 0; k < strips; ++k) {
+        for (int line = k * lines; line < (k + 1) * lines; ++line)
+          __builtin_prefetch(sums + kBlockNumbers + line * (kBlock / 2), 1, 3);
+        if (fetched < until) fetch(next.begin, fetched++);
+        Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
+      }
+      if (next.begin < next.end) {
+        Tiles::store(sums, kBlock);
+      } else {
+        Tiles::store(call_.weight + (call_.outputs.begin + i) * static_cast<std::size_t>(kBlock) * stride +
+                         (call_.depth.begin + j) * kBlock,
+                     stride);
+      }
+    }
   }
 
-  void fetch(int strip, int block) const {
+  // The block that is packed as number `number` after strip `first` begins.
+  void fetch(int first, int number) const {
+    const int strip = first + number / (outputs_ + inputs_), block = number % (outputs_ + inputs_);
     const bf16* from =
         block < outputs_
             ? block_at(const_cast<bf16*>(call_.gradients), call_.gradient_panels, strip, call_.outputs.begin + block)

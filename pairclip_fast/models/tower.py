@@ -120,6 +120,11 @@ def run(
     return result.to(tokens.dtype)
 
 
+def drop_free_workspaces() -> None:
+    """Give back the memory that is kept for the next step."""
+    _free.clear()
+
+
 def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int) -> Sizes:
     """Of a forward pass."""
     first = blocks[0]

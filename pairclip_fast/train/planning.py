@@ -190,6 +190,7 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
         while tries < PROBE_TRIES or time.perf_counter() - started < PROBE_SECONDS:
             best = max(best, pairs / max(seconds(pairs), 1e-9))
             pairs, tries = min(2 * pairs, limit), tries + 1
+    tower.drop_free_workspaces()  # those of the probe's sizes
     per_pair = (many - few) / (min(PROBE_PAIRS, limit) - 1) if limit > 1 else many
     return Probe(pairs_per_second=best, activation_bytes_per_pair=per_pair, fixed_activation_bytes=few - per_pair)
 

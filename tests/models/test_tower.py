@@ -64,7 +64,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_workspaces() -> None:
-    tower._free.clear()
+    tower.drop_free_workspaces()
 
 
 def blocks_of(case: Case, *, spread: float = 1.0) -> nn.ModuleList:
@@ -251,6 +251,12 @@ def test_activations_and_their_slopes(engine: str, name: str, reference: nn.Modu
     torch.testing.assert_close(slopes[known].double(), exact.grad[known], rtol=2e-6, atol=2e-6)
 
 
+def test_the_callers_denormal_numbers_are_left_alone(engine: str) -> None:
+    case = SMALL[3]
+    gradients(on(engine), blocks_of(case), *inputs_of(case))
+    assert float(torch.tensor([1e-39]) * torch.tensor([0.5])) > 0.0
+
+
 def test_several_forward_passes_before_a_backward_pass(engine: str) -> None:
     case = SMALL[0]
     blocks, (tokens, weights) = blocks_of(case), inputs_of(case)
@@ -281,6 +287,8 @@ def test_workspaces_are_used_again_and_given_back(engine: str) -> None:
     for batch in (1, 2, 3):
         gradients(on(engine), blocks, tokens[:batch], weights[:batch])
     assert len(tower._free) == tower.MOST_FREE
+    tower.drop_free_workspaces()
+    assert tower._free == []
 
 
 def test_a_second_backward_pass_is_refused(engine: str) -> None:
