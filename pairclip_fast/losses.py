@@ -31,17 +31,29 @@ class ContrastiveLoss(nn.Module):
         config: Kind of loss, temperature, label smoothing.
         bank: L2-normalised caption features.
         groups: Captions with the same number are identical and positives of each other; None if all differ.
+        products: The format of what the bank loss multiplies; sums stay in float32. Below it, both sides are rounded: the softmax
+            and the targets then come from the same rounded captions, so that a perfect prediction has no gradient.
     """
 
     logit_scale: Tensor
 
-    def __init__(self, config: LossConfig, *, bank: Float[Tensor, "captions dim"], groups: Int[Tensor, " captions"] | None = None) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        bank: Float[Tensor, "captions dim"],
+        groups: Int[Tensor, " captions"] | None = None,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.config = config
         self.bank = bank.detach().clone()
+        rounded = products.itemsize < self.bank.dtype.itemsize and config.kind == "bank"
+        self._rounded_bank = self.bank.to(products) if rounded else None
         self._groups = torch.arange(len(bank), device=bank.device) if groups is None else groups.clone()
-        self._group_means = _group_means(self.bank, self._groups)
-        self._bank_mean = self.bank.mean(dim=0)
+        captions = self._multiplied.to(self.bank.dtype)
+        self._group_means = _group_means(captions, self._groups)
+        self._bank_mean = captions.mean(dim=0)
         logit_scale = torch.tensor(-math.log(config.temperature))
         if config.learn_temperature:
             self.logit_scale = nn.Parameter(logit_scale)
@@ -51,7 +63,7 @@ class ContrastiveLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastiveLoss:  # noqa: FBT001
         """Move the constants too. They are no buffers: DDP would broadcast and averages would copy the whole bank every step."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("bank", "_groups", "_group_means", "_bank_mean"):
+        for name in ("bank", "_rounded_bank", "_groups", "_group_means", "_bank_mean"):
             constant = getattr(self, name)
             setattr(self, name, None if constant is None else fn(constant))
         return self
@@ -67,9 +79,14 @@ class ContrastiveLoss(nn.Module):
         """Group of each caption, or None if all captions differ (which saves the ranking work)."""
         return None if self._group_means is None else self._groups
 
+    @property
+    def _multiplied(self) -> Tensor:
+        """The bank as the bank loss multiplies it."""
+        return self.bank if self._rounded_bank is None else self._rounded_bank
+
     def targets(self, caption_ids: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """What a row should point to: its caption, or the mean of identical ones (weight spread evenly over the group)."""
-        return (self.bank if self._group_means is None else self._group_means)[caption_ids]
+        return (self._multiplied if self._group_means is None else self._group_means)[caption_ids].to(self.bank.dtype)
 
     def forward(
         self,
@@ -111,7 +128,7 @@ class ContrastiveLoss(nn.Module):
         smoothing = self.config.label_smoothing
         if smoothing:
             target = torch.lerp(target, self._bank_mean.expand_as(target), smoothing)
-        return ops.bank_cross_entropy(image_features, self.bank, self.scale, target)
+        return ops.bank_cross_entropy(image_features.to(self._multiplied.dtype), self._multiplied, self.scale, target)
 
     def _infonce_rows(self, image_features: Tensor, caption_ids: Tensor, valid: Tensor) -> Tensor:
         """Both directions of InfoNCE (van den Oord et al. 2018; Radford et al. 2021, figure 3), duplicates masked.

@@ -89,12 +89,12 @@ void bind(nb::module_& module) {
       [](const std::string& name, bool narrow) { return engine(name, narrow ? Element::bfloat16 : Element::float32).precision; },
       "How an engine multiplies bfloat16 (narrow) or float32 inputs.");
   module.def(
-      "exponentials",
+      "powers_of_four",
       [](const std::string& name, Floats numbers) {
         expect(numbers.size() % kSlack == 0, "the numbers");
-        engine(name, Element::float32).exponentials(numbers.data(), static_cast<std::int64_t>(numbers.size()));
+        engine(name, Element::float32).powers_of_four(numbers.data(), static_cast<std::int64_t>(numbers.size()));
       },
-      "The softmax's exp, in place; for tests.");
+      "The softmax's 4^x, in place; for tests.");
   module.def(
       "multiply_adds",
       [](const std::string& name, std::int64_t rounds) {

@@ -6,7 +6,6 @@
 // to it. Scores are kept as integers of the same order, NaN above all as torch sorts it, and both zeros alike.
 #pragma once
 
-#include <algorithm>
 #include <limits>
 
 #include "kernels/engine.h"
@@ -36,8 +35,9 @@ inline int count_from(const TopkRow& row, std::int32_t bound) {
   return count;
 }
 
-// The k-th largest key of more than k.
-inline std::int32_t kth_key(const TopkRow& row, int k) {
+// A key from which on there are k or more candidates, of more than k: exactly k as soon as bisection meets such a key, which is
+// long before it has found the k-th largest; else the k-th largest.
+inline std::int32_t bound_of_best(const TopkRow& row, int k) {
   std::int32_t least = kNanKey, most = std::numeric_limits<std::int32_t>::min();
   for (int i = 0; i < row.count; ++i) {
     least = row.keys[i] < least ? row.keys[i] : least;
@@ -46,7 +46,9 @@ inline std::int32_t kth_key(const TopkRow& row, int k) {
   std::int64_t low = least, end = static_cast<std::int64_t>(most) + 1;  // count_from(low) >= k > count_from(end)
   while (end - low > 1) {
     const std::int64_t middle = low + (end - low) / 2;
-    (count_from(row, static_cast<std::int32_t>(middle)) >= k ? low : end) = middle;
+    const int count = count_from(row, static_cast<std::int32_t>(middle));
+    (count >= k ? low : end) = middle;
+    if (count == k) break;
   }
   return static_cast<std::int32_t>(low);
 }
@@ -61,55 +63,71 @@ inline unsigned first_bits(unsigned set, int count) {
 // Cuts the candidates back to the k best. The first among equals stay.
 inline void keep_best(TopkRow& row, int k) {
   if (row.count <= k) return;
-  const std::int32_t bound = kth_key(row, k);
+  const std::int32_t bound = bound_of_best(row, k);
   int equals = k - (bound == kNanKey ? 0 : count_from(row, bound + 1));
   int kept = 0;
+  Ints least = set(kNanKey);
   for (int i = 0; i < row.count; i += kLanes) {
     const Ints keys = load(row.keys + i), indices = load(row.indices + i);
     const unsigned live = lanes_before(i, row.count);
     const unsigned same = first_bits(bits(keys == bound) & live, equals);
+    const Ints better = (keys >= bound) & (places() < row.count - i);
+    least = better && keys < least ? keys : least;
     const unsigned chosen = (bits(keys > bound) & live) | same;
     compress(row.keys + kept, keys, chosen);  // writes no further than it has read
     kept += compress(row.indices + kept, indices, chosen);
     equals -= __builtin_popcount(same);
   }
   row.count = kept;
+  std::int32_t last = kNanKey;
+  for (int lane = 0; lane < kLanes; ++lane) last = least[lane] < last ? least[lane] : last;
   // Later scores must exceed the k-th best. Nothing exceeds NaN; +inf as the bound lets only NaN through, which is cut off
   // again by its index.
-  row.threshold = bound == kNanKey ? std::numeric_limits<float>::infinity() : score_of(bound);
+  row.threshold = last == kNanKey ? std::numeric_limits<float>::infinity() : score_of(last);
 }
 
-struct Candidate {
-  std::int32_t key, index;
-  bool operator<(const Candidate& other) const { return key != other.key ? key > other.key : index < other.index; }
-};
+// How many candidates come before number i: the better ones, and the equal ones of a lower index.
+inline int place_of(const TopkRow& row, int i) {
+  const Ints key = set(row.keys[i]);
+  Ints before{};
+  for (int j = 0; j < row.count; j += kLanes) {
+    const Ints keys = load(row.keys + j);
+    before -= (keys > key) | ((keys == key) & (places() < i - j));
+  }
+  return sum(before);
+}
 
+// Best first. For so few, counting what comes before each is faster than a sort, whose branches nobody can predict.
 inline void sort_best(TopkRow& row, int k) {
   constexpr int kMost = 1024;
-  Candidate best[kMost];
+  std::int32_t keys[kMost], indices[kMost];
   keep_best(row, k);
-  for (int i = 0; i < row.count; ++i) best[i] = {row.keys[i], row.indices[i]};
-  std::sort(best, best + row.count);
+  for (int i = 0; i < kLanes; ++i) row.keys[row.count + i] = std::numeric_limits<std::int32_t>::min();  // below every key
   for (int i = 0; i < row.count; ++i) {
-    row.keys[i] = best[i].key;
-    row.indices[i] = best[i].index;
+    const int place = place_of(row, i);
+    keys[place] = row.keys[i];
+    indices[place] = row.indices[i];
   }
+  std::memcpy(row.keys, keys, sizeof(std::int32_t) * row.count);
+  std::memcpy(row.indices, indices, sizeof(std::int32_t) * row.count);
 }
 
 // Appends what may be among the k best. A threshold of NaN, the first, lets everything through.
-inline void offer(TopkRow& row, TopkSize size, const float* scores, int captions, std::int32_t first) {
-  Vec threshold = set(row.threshold);
-  for (int j = 0; j < captions; j += kLanes) {
-    const Vec found = load(scores + j);
-    const unsigned chosen = not_less_equal(found, threshold) & lanes_before(j, captions);
-    if (chosen == 0) continue;
-    compress(row.keys + row.count, keys_of(found), chosen);
-    row.count += compress(row.indices + row.count, places() + (first + j), chosen);
-    if (row.count > size.capacity - kSlack) {
-      keep_best(row, size.k);
-      threshold = set(row.threshold);
-    }
+template <class Row>
+[[gnu::always_inline]] inline void offer(TopkRow& row, TopkSize size, const Row& scores, std::int32_t first) {
+  const Vec threshold = kept(set(row.threshold));
+  unsigned chosen = 0;
+#pragma GCC unroll 8
+  for (int v = 0; v < Row::kCount; ++v) chosen |= not_less_equal(scores.vectors[v], threshold) << v * kLanes;
+  chosen &= scores.live_bits();
+  if (chosen == 0) return;
+  for (int v = 0; v < Row::kCount; ++v) {
+    const unsigned these = chosen >> v * kLanes & kAllLanes;
+    compress(row.keys + row.count, keys_of(scores.vectors[v]), these);
+    row.count += compress(row.indices + row.count, places() + (first + v * kLanes), these);
   }
+  if (row.count > size.capacity - kMostOffered - kSlack) [[unlikely]]
+    keep_best(row, size.k);
 }
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

@@ -2,7 +2,7 @@
 //
 // Vocabulary: scores are dot products of queries (image features) with keys (the rows of the bank), and the softmax mean is a
 // mix of values (again the rows of the bank, packed the other way round). Queries come in blocks of `Engine::rows`, bank rows
-// in tiles of `Engine::tile`; a step is one block against one tile. The scores of a step are the only scores that ever exist.
+// in tiles of `Engine::tile`; a step is one block against one tile. No more scores than those of a step ever exist.
 #pragma once
 
 #include <cstddef>
@@ -12,12 +12,18 @@ namespace pairclip::kernels {
 
 enum class Element { float32, bfloat16 };
 
-// What a row carries from tile to tile for its softmax: the highest logit so far, the sum of exp(logit - high), and the
-// factor by which this step's higher maximum has shrunk what was summed before.
+// What a row carries from tile to tile for its softmax: the highest logit so far times log4(e), the sum of the
+// weights, and the factor by which a higher maximum of this step has shrunk what was summed before.
 struct SoftmaxRow {
   float high;
   float shrink;
   double total;
+};
+
+// With a mean of the bank: `mixed` is the sum of the weights as the second product takes them, rounded or not.
+struct MixedRow {
+  SoftmaxRow softmax;
+  double mixed;
 };
 
 struct StatsRow {
@@ -35,11 +41,15 @@ struct TopkRow {
   std::int32_t* indices;  // rows of the bank
 };
 
+// What scores are multiplied by. How a logit comes back from such a product is `log_partition`'s business (bank_ops.cpp).
+constexpr float kLog4E = 0x1.715476p-1f;
+
 struct TopkSize {
   int k;
-  int capacity;  // of keys and indices: a multiple of kSlack, at least k + 2 * kSlack
+  int capacity;  // of keys and indices: a multiple of kSlack, at least k + kMostOffered + kSlack
 };
-constexpr int kSlack = 16;  // lanes of the widest vector: a compressed store may write so far past the end
+constexpr int kSlack = 16;        // lanes of the widest vector: a compressed store may write so far past the end
+constexpr int kMostOffered = 32;  // candidates at a time
 
 struct Step {
   const void* queries;  // packed block
@@ -49,7 +59,14 @@ struct Step {
   int rows;            // of the block, the rest is padding
   int captions;        // of the tile, likewise
   std::int64_t first;  // index in the bank of the tile's first row
-  float* scores;       // [Engine::rows, Engine::tile], 64-byte aligned
+  float* scores;       // where `Engine::scores` leaves them, [Engine::rows, Engine::tile]; the others keep theirs to themselves
+};
+
+// Scores of a step on their way: rows [begin, end) of a panel of captions, the tile's `first` and those after it; the panel's
+// scores lie row after row.
+struct Part {
+  const float* scores;
+  int first, begin, end;
 };
 
 struct Engine {
@@ -72,14 +89,17 @@ struct Engine {
   void (*end)();
 
   void (*scores)(const Step& step);
-  void (*softmax)(const Step& step, float scale, SoftmaxRow* rows, float* mean);  // mean [rows, depth]
+  void (*softmax)(const Step& step, float scale, MixedRow* rows,
+                  float* mean);                                        // mean: rows * depth numbers in an order of
+                                                                       // its own, of which `unpack_mean` makes [rows, depth]
+  void (*unpack_mean)(float* mean, int rows, int depth, float* copy);  // copy: as many numbers
   void (*stats)(const Step& step, float scale, StatsRow* rows);
   void (*topk)(const Step& step, TopkSize size, TopkRow* rows);
   void (*sort)(TopkSize size, TopkRow* row);  // the k best, best first
 
-  // For tests: exp in place; a multiple of kSlack numbers. For benchmarks: the flop of that many rounds of multiply-adds that
+  // For tests: 4^x in place; a multiple of kSlack numbers. For benchmarks: the flop of that many rounds of multiply-adds that
   // wait for nothing, on this thread.
-  void (*exponentials)(float* numbers, std::int64_t count);
+  void (*powers_of_four)(float* numbers, std::int64_t count);
   double (*multiply_adds)(std::int64_t rounds);
 };
 

@@ -79,55 +79,78 @@ struct FmaProducts {
     for (int line = 0; line < kWidth; line += 16) __builtin_prefetch(stream + 16 * kWidth + line);
   }
 
-  static void scores(const Step& step) {
+  // The weights of a step, as the second product reads them.
+  class Weights {
+   public:
+    explicit Weights(const Step& step) {
+      if (step.rows < kRows) std::memset(numbers_, 0, sizeof numbers_);
+    }
+    void set(int row, int first, Vec (&found)[2]) {
+      store(numbers_[row] + first, found[0]);
+      store(numbers_[row] + first + kLanes, found[1]);
+    }
+    // Those of the row before caption `end`.
+    void shrink(int row, int end, float factor) {
+      for (int j = 0; j < end; ++j) numbers_[row][j] *= factor;
+    }
+    const float* at(int caption) const { return numbers_[0] + caption; }
+
+   private:
+    alignas(64) float numbers_[kRows][kTile];
+  };
+
+  // Calls use(part) for all rows of each panel.
+  template <class Use>
+  [[gnu::always_inline]] static void each_panel(const Step& step, const Use& use) {
+    alignas(64) float scores[kRows * kWidth];
     for (int first = 0; first < step.captions; first += kWidth) {
       const float* keys = static_cast<const float*>(step.keys) + static_cast<std::size_t>(first) * step.depth;
-      const float* queries = static_cast<const float*>(step.queries);
       Vec sums[kRows][2] = {};
-      for (int k = 0; k < step.depth; ++k) {
-        const Vec left = load(keys), right = load(keys + kLanes);
-        fetch_ahead(keys);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const Vec query = set(queries[r]);
-          sums[r][0] = fma(query, left, sums[r][0]);
-          sums[r][1] = fma(query, right, sums[r][1]);
-        }
-        queries += kRows;
-        keys += kWidth;
-      }
+      multiply(static_cast<const float*>(step.queries), kRows, 1, keys, step.depth, sums);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        store(step.scores + r * kTile + first, sums[r][0]);
-        store(step.scores + r * kTile + first + kLanes, sums[r][1]);
+        store(scores + r * kWidth, sums[r][0]);
+        store(scores + r * kWidth + kLanes, sums[r][1]);
       }
+      use(Part{scores, first, 0, step.rows});
     }
   }
 
-  static void mix(const Step& step, const SoftmaxRow* rows, float* mean) {
+  static void mix(const Step& step, const Weights& weights, Mean<kRows, kWidth> mean) {
     for (int panel = 0; panel < panels(step.depth); ++panel) {
       const float* values = static_cast<const float*>(step.values) + static_cast<std::size_t>(panel) * kTile * kWidth;
-      const float* weights = step.scores;
-      Vec sums[kRows][2] = {};
-      for (int j = 0; j < step.captions; ++j) {
-        const Vec left = load(values), right = load(values + kLanes);
-        fetch_ahead(values);
+      mean.panel(panel * kWidth, [&](float* to, std::ptrdiff_t stride) {
+        Vec sums[kRows][2];
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          const Vec weight = set(weights[r * kTile]);
-          sums[r][0] = fma(weight, left, sums[r][0]);
-          sums[r][1] = fma(weight, right, sums[r][1]);
+          sums[r][0] = load(to + r * stride);
+          sums[r][1] = load(to + r * stride + kLanes);
         }
-        ++weights;
-        values += kWidth;
-      }
-      alignas(64) float found[kRows][kWidth];
+        multiply(weights.at(0), 1, kTile, values, step.captions, sums);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          store(to + r * stride, sums[r][0]);
+          store(to + r * stride + kLanes, sums[r][1]);
+        }
+      });
+    }
+  }
+
+ private:
+  // sums += left @ right: number k of row r lies at left[k * along + r * across], the right factor's two vectors at k * kWidth.
+  [[gnu::always_inline]] static void multiply(const float* left, int along, int across, const float* right, int depth,
+                                              Vec (&sums)[kRows][2]) {
+    for (int k = 0; k < depth; ++k) {
+      const Vec first = load(right), second = load(right + kLanes);
+      fetch_ahead(right);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        store(found[r], sums[r][0]);
-        store(found[r] + kLanes, sums[r][1]);
+        const Vec number = set(left[r * across]);
+        sums[r][0] = fma(number, first, sums[r][0]);
+        sums[r][1] = fma(number, second, sums[r][1]);
       }
-      add_mixed(step, rows, found, panel * kWidth, mean);
+      left += along;
+      right += kWidth;
     }
   }
 };

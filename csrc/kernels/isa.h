@@ -36,6 +36,15 @@ inline Ints load(const std::int32_t* from) {
   std::memcpy(&v, from, sizeof v);
   return v;
 }
+// The same number, in a register: the compiler would rather read memory at every use. Next to tile products, which read as much
+// as the first-level cache gives, every read counts.
+template <class Vector>
+inline Vector kept(Vector v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 inline void store(std::int32_t* to, Ints v) { std::memcpy(to, &v, sizeof v); }
 inline Vec set(float x) { return x - Vec{}; }  // x - 0 is x for every x, so compilers leave it out; 0 + x is not, for -0
@@ -43,18 +52,25 @@ inline Ints set(std::int32_t x) { return x - Ints{}; }
 inline Ints bits_of(Vec v) { return reinterpret_cast<Ints>(v); }
 inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
 
-// The larger; b where either is NaN. One instruction on x86.
-inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
-
-// fma(a, b, c) = a * b + c, rounded once where the processor can.
-// not_less_equal(a, b): a bit per lane; true where either is NaN. bits(truth): a bit per lane of what is 0 or -1.
+// high(a, b): the larger; b where either is NaN.
+// fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c, rounded once where the processor can.
+// greater, equal, not_less_equal: a bit per lane; the last is true where either is NaN. bits(truth): a bit per lane of what is
+// 0 or -1.
 #if defined(__AVX512F__)
+inline Vec high(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+inline unsigned greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline unsigned bits(Ints truth) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth)); }
 #elif defined(__AVX2__)
+inline Vec high(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+inline unsigned greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline unsigned equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline unsigned bits(Ints truth) { return _mm256_movemask_ps(reinterpret_cast<__m256>(truth)); }
 #else
 inline unsigned bits(Ints truth) {
@@ -62,9 +78,43 @@ inline unsigned bits(Ints truth) {
   for (int i = 0; i < kLanes; ++i) found |= static_cast<unsigned>(truth[i] & 1) << i;
   return found;
 }
+inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
 inline unsigned not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
+inline unsigned greater(Vec a, Vec b) { return bits(a > b); }
+inline unsigned equal(Vec a, Vec b) { return bits(a == b); }
 #endif
+
+// counts + addend in the lanes where a > b, or a == b.
+inline Ints add_where_greater(Ints counts, Vec a, Vec b, Ints addend) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_mask_add_epi32(reinterpret_cast<__m512i>(counts), greater(a, b),
+                                                      reinterpret_cast<__m512i>(counts), reinterpret_cast<__m512i>(addend)));
+#else
+  return counts + ((a > b) & addend);
+#endif
+}
+inline Ints add_where_equal(Ints counts, Vec a, Vec b, Ints addend) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_mask_add_epi32(reinterpret_cast<__m512i>(counts), equal(a, b),
+                                                      reinterpret_cast<__m512i>(counts), reinterpret_cast<__m512i>(addend)));
+#else
+  return counts + ((a == b) & addend);
+#endif
+}
+
+// Whether any a is above b, or either NaN.
+template <int Count>
+inline bool any_not_less_equal(const Vec (&a)[Count], Vec b) {
+#if defined(__AVX512F__)
+  if constexpr (Count == 2) return !_kortestz_mask16_u8(not_less_equal(a[0], b), not_less_equal(a[1], b));  // one flag, no moves
+#endif
+  unsigned found = 0;
+#pragma GCC unroll 8
+  for (int v = 0; v < Count; ++v) found |= not_less_equal(a[v], b);
+  return found != 0;
+}
 
 // Lane numbers, from memory: compilers build a vector that is filled lane by lane just so.
 struct LaneNumbers {
@@ -110,10 +160,12 @@ inline int compress(std::int32_t* to, Ints v, unsigned chosen) {
 #endif
 }
 
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;
+
 // Of the lanes that start at `first`, those before `end`, as bits.
 inline unsigned lanes_before(int first, int end) {
   const int left = end - first;
-  return left >= kLanes ? (1u << kLanes) - 1 : left <= 0 ? 0 : (1u << left) - 1;
+  return left >= kLanes ? kAllLanes : left <= 0 ? 0 : (1u << left) - 1;
 }
 
 // Transposes a square of kLanes vectors: interleaving the first half with the second, log2(kLanes) times, does it.

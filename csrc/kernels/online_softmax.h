@@ -1,4 +1,11 @@
-// The exponential, and a softmax that sees its row tile by tile (Milakov and Gimelshein 2018).
+// The exponential, and a softmax that sees its row a few captions at a time (Milakov and Gimelshein 2018).
+//
+// Logits are kept times log4(e), which the fused multiply-add that scales a score does for nothing: a weight is then
+// 4^(logit - high) for the highest logit so far. (Base 4 because log4(e) < 1: no finite logit overflows.) A row keeps its
+// highest while nothing exceeds it, which is nearly always: a random row of 10,000 captions has about ten new maxima. One
+// comparison finds the exceptions, and NaN with them.
+//
+// Infinities follow torch: a logit of +inf gives lse = inf and a mean of NaN; only -inf gives -inf and NaN; NaN gives NaN.
 #pragma once
 
 #include <limits>
@@ -10,71 +17,112 @@ namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// exp(x) for x <= 88: 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts, the first
-// short enough that n times it is exact (Cody and Waite 1980); exp(r) is a polynomial, minimax in relative error (3.1e-9).
-// Error at most 1.5 units in the last place (tested on every 97th float). Below -87.3, where results would be denormal: 0.
-inline Vec exponential(Vec x) {
-  constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  constexpr float kRound = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
-  constexpr float kLowest = -87.3f;
-  const Vec clamped = high(set(kLowest), x);  // in this order NaN stays NaN
-  const Vec shifted = fma(clamped, set(kLog2E), set(kRound));
-  const Vec n = shifted - kRound;
-  const Vec r = fma(n, set(-kLn2Low), fma(n, set(-kLn2High), clamped));
-  Vec p = set(0x1.6a23cep-10f);
-  p = fma(p, r, set(0x1.123a2p-7f));
-  p = fma(p, r, set(0x1.5558f2p-5f));
-  p = fma(p, r, set(0x1.555492p-3f));
-  p = fma(p, r, set(0x1.fffffcp-2f));
+// 4^x for x < 64: 2^n * 2^r with n the integer nearest to 2x and |r| <= 1/2; 2^r is a polynomial, minimax in relative error
+// (2.6e-9). Error at most 1.5 units in the last place. Far below, where results would be denormal: 0 or that; NaN stays NaN.
+inline Vec power_of_four(Vec x) {
+#if defined(__AVX512F__)
+  const Vec doubled = x + x;
+  const Vec r = _mm512_reduce_ps(doubled, _MM_FROUND_TO_NEAREST_INT);  // less the nearest integer; 0 for infinities
+#else
+  constexpr float kRound = 0x1.8p+23f;       // adding it leaves the nearest integer in the low bits
+  const Vec clamped = high(set(-63.5f), x);  // in this order NaN stays NaN
+  const Vec shifted = fma(clamped, set(2.0f), set(kRound));
+  const Vec r = fms(clamped, set(2.0f), shifted - kRound);
+#endif
+  Vec p = set(0x1.470b48p-13f);
+  p = fma(p, r, set(0x1.5f7276p-10f));
+  p = fma(p, r, set(0x1.3b270ep-7f));
+  p = fma(p, r, set(0x1.c6ae72p-5f));
+  p = fma(p, r, set(0x1.ebfbe2p-3f));
+  p = fma(p, r, set(0x1.62e432p-1f));
   p = fma(p, r, set(1.0f));
-  p = fma(p, r, set(1.0f));
-  const Vec power = floats_of((bits_of(shifted) + 127) << 23);
-  return x < kLowest ? Vec{} : p * power;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, doubled - r);
+#else
+  return p * floats_of((bits_of(shifted) + 127) << 23);
+#endif
 }
 
-// A row takes in `captions` more scores in two steps, so that a caller can do the first for all rows of a block: both are
-// chains of dependent instructions, and rows side by side fill each other's gaps.
-//
-// Infinities follow torch: a logit of +inf gives lse = inf and a mean of NaN; only -inf gives -inf and NaN; NaN gives NaN.
+// A row's scores of a panel, `Width` numbers; all of them are captions if Whole, else the first `live`.
+template <int Width, bool Whole>
+struct Scores {
+  static constexpr int kCount = Width / kLanes;
+  Vec vectors[kCount];
+  int live;
 
-// First step: the highest logit, and by how much that shrinks what was summed before.
-inline void raise(SoftmaxRow& row, const float* scores, float scale, int captions) {
-  const int whole = captions / kLanes * kLanes;
-  Vec top = set(row.high);
-  for (int j = 0; j < whole; j += kLanes) top = high(load(scores + j) * scale, top);
-  if (whole < captions) top = high(places() < captions - whole ? load(scores + whole) * scale : set(-kInfinity), top);
-  const float next = highest(top);
-  row.shrink = row.high == next ? 1.0f : exponential(set(row.high - next))[0];
-  row.high = next;
-}
-
-enum class Scores { kept, weighted };
-
-// Second step: the sum of exp(scale * score - high), in which the fused multiply spares the logits their own rounding.
-// Weighted: these terms replace the scores, padded with zeros to whole vectors.
-template <Scores After>
-void add(SoftmaxRow& row, float* scores, float scale, int captions) {
-  if (row.high == kInfinity) {
-    bool nan = row.total != row.total;
-    for (int j = 0; j < captions; ++j) {
-      nan |= scores[j] * scale != scores[j] * scale;
-      if constexpr (After == Scores::weighted) scores[j] = kNaN;
-    }
-    row.total = nan ? kNaN : kInfinity;
-    return;
+  Scores(const float* from, int first_live) : live(first_live) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; ++v) vectors[v] = kept(load(from + v * kLanes));
   }
-  const float zero = row.high == -kInfinity ? 0.0f : row.high;
-  Vec total{};
-  const auto weigh = [&](int j, Ints counted) {
-    const Vec all = exponential(fma(load(scores + j), set(scale), set(-zero)));
-    const Vec weights = counted ? all : Vec{};
-    if constexpr (After == Scores::weighted) store(scores + j, weights);
-    total += weights;
-  };
-  const int whole = captions / kLanes * kLanes;
-  for (int j = 0; j < whole; j += kLanes) weigh(j, set(-1));
-  if (whole < captions) weigh(whole, places() < captions - whole);
-  row.total = row.total * row.shrink + sum(total);
+  Ints is_live(int v) const { return Whole ? set(-1) : places() < live - v * kLanes; }
+  unsigned live_bits() const { return Whole ? ~0u : (1u << live) - 1; }
+
+  // Logits below the highest one; what is no caption is out of reach.
+  void logits(Vec slope, const float& highest, Vec (&out)[kCount]) const {
+    const Vec top = kept(set(highest));
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; ++v) {
+      out[v] = fms(vectors[v], slope, top);
+      if (!Whole) out[v] = is_live(v) ? out[v] : set(-kInfinity);
+    }
+  }
+};
+
+// What a panel may do to a row besides adding weights to it.
+struct Exception {
+  float shrink;  // of everything summed before
+  bool nan;      // a score was NaN
+};
+
+constexpr float kEnormous = 0x1p21f;  // here neighbouring floats lie 1/4 apart
+
+// The rare case, a logit above the highest or NaN: raises `row.high` and leaves the logits below the new one in `out`. Where it
+// is infinite those are NaN, and `total`, the lanes of the row's sum, is infinite unless it is NaN.
+template <class Row>
+__attribute__((noinline)) Exception raise(SoftmaxRow& row, const Row& scores, Vec slope, float* out, Vec& total) {
+  Vec logits[Row::kCount], top = set(row.high);
+  unsigned nan_scores = 0, nan_logits = 0;
+  for (int v = 0; v < Row::kCount; ++v) {
+    const Vec logit = scores.vectors[v] * slope;
+    top = scores.is_live(v) ? high(logit, top) : top;
+    nan_scores |= bits((scores.vectors[v] != scores.vectors[v]) & scores.is_live(v));
+    nan_logits |= bits((logit != logit) & scores.is_live(v));
+  }
+  const float next = highest(top), shrink = next == row.high ? 1.0f : power_of_four(set(row.high - next))[0];
+  row.high = next;
+  scores.logits(slope, next, logits);
+  total *= shrink;
+  if (next == kInfinity) total = set(nan_logits != 0 || sum(total) != sum(total) ? kNaN : kInfinity);
+  for (int v = 0; v < Row::kCount; ++v) {
+    Vec logit = next == kInfinity ? set(kNaN) : logits[v];
+    // Fused, even the highest is off by what rounding made of it: the same for all near it, so nothing, but beyond kEnormous.
+    if (!(next < kEnormous && next > -kEnormous))
+      logit = logit > 0.0f || (scores.vectors[v] * slope == next && scores.is_live(v)) ? Vec{} : logit;
+    store(out + v * kLanes, logit);
+  }
+  return {shrink, nan_scores != 0};
+}
+
+// Adds a row's share of a panel to `total` and hands the weights to `use`; `exceptional` is told what became of the row before.
+template <class Row, class Exceptional, class Use>
+[[gnu::always_inline]] inline void weigh(SoftmaxRow& row, const Row& scores, Vec slope, Vec& total,
+                                         const Exceptional& exceptional, const Use& use) {
+  Vec weights[Row::kCount];
+  scores.logits(slope, row.high, weights);
+  const bool rare = any_not_less_equal(weights, Vec{});
+  if (rare) [[unlikely]] {
+    alignas(64) float logits[Row::kCount * kLanes];
+    const Row copy = scores;  // in memory, for the call; `scores` stays in registers
+    exceptional(raise(row, copy, slope, logits, total));
+    for (int v = 0; v < Row::kCount; ++v) weights[v] = load(logits + v * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Row::kCount; ++v) weights[v] = power_of_four(weights[v]);
+  if (!rare || row.high != kInfinity) [[likely]] {  // else `raise` has done so
+#pragma GCC unroll 8
+    for (int v = 0; v < Row::kCount; ++v) total += weights[v];
+  }
+  use(weights);
 }
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

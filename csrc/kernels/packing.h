@@ -21,6 +21,25 @@ inline std::uint16_t narrowed(float x) {
   return static_cast<std::uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
+// As many bfloat16 as a vector has lanes, widened.
+inline Vec widened(const std::uint16_t* from) {
+  typedef std::uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+  Narrow narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return floats_of(__builtin_convertvector(narrow, Ints) << 16);
+}
+
+// 32 numbers to their nearest bfloat16; NaN stays NaN.
+inline void narrow(const Vec (&numbers)[32 / kLanes], std::uint16_t* out) {
+#if defined(__AVX512BF16__)
+  const __m512bh both = _mm512_cvtne2ps_pbh(numbers[1], numbers[0]);
+  std::memcpy(out, &both, sizeof both);
+#else
+  for (int v = 0; v < 32 / kLanes; ++v)
+    for (int i = 0; i < kLanes; ++i) out[v * kLanes + i] = narrowed(numbers[v][i]);
+#endif
+}
+
 // Numbers [first, first + Count) of a row as floats, zeros from `depth` on and where there is no row.
 template <int Count>
 inline void read(const void* row, Element type, int first, int depth, float* out) {

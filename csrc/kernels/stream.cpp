@@ -1,5 +1,7 @@
 #include "kernels/stream.h"
 
+#include <unistd.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -11,9 +13,16 @@
 namespace pairclip::kernels {
 namespace {
 
-// Packed bank that all threads share at a time. 1 to 2 MB are still in a second-level cache when they are used.
-constexpr std::size_t kChunkBytes = 2u << 20;
-constexpr std::int64_t kMostBlocks = 8;  // of a group: their queries and a tile together fill a second-level cache
+// Half of a core's second-level cache holds packed bank, a quarter a group's queries and, where there is one, its mean. The next
+// cache is slow on servers: with a chunk as large as the second-level cache itself a product took half as long again.
+std::size_t cache_bytes() {
+  constexpr long kTypical = 1 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return static_cast<std::size_t>(found);
+#endif
+  return kTypical;
+}
 
 ThreadPool& pool() {
   static ThreadPool threads;
@@ -85,9 +94,10 @@ void Stream::run(bool with_values, const Visit& visit) const {
   const std::size_t value_bytes = with_values ? engine_.value_bytes(depth) : 0, tile_bytes = key_bytes + value_bytes;
   const std::size_t score_bytes = sizeof(float) * engine_.rows * engine_.tile;
   const std::int64_t tiles = divided(bank_.rows, engine_.tile);
-  const std::int64_t chunk = std::clamp<std::int64_t>(kChunkBytes / tile_bytes, 1, tiles);
+  const std::int64_t chunk = std::clamp<std::int64_t>(cache_bytes() / 2 / tile_bytes, 1, tiles);
+  const std::size_t block_bytes = query_bytes + (with_values ? sizeof(float) * engine_.rows * depth : 0);
   // Two groups per thread and more, so that a thread that lost its core to another process holds up little.
-  const std::int64_t group = std::clamp<std::int64_t>(divided(blocks_, 2 * threads_), 1, kMostBlocks);
+  const std::int64_t group = std::clamp<std::int64_t>(cache_bytes() / 4 / block_bytes, 1, divided(blocks_, 2 * threads_));
   const Buffer packed(chunk * tile_bytes), scores(threads_ * score_bytes);
   for (std::int64_t begin = 0; begin < tiles; begin += chunk) {
     const std::int64_t count = std::min(chunk, tiles - begin);
@@ -119,10 +129,8 @@ void Stream::run(bool with_values, const Visit& visit) const {
   }
 }
 
-void Stream::for_rows(const std::function<void(std::int64_t row)>& visit) const {
-  pool().run(threads_, blocks_, [&](std::int64_t block, int) {
-    for (int r = 0; r < rows_of(block); ++r) visit(block * engine_.rows + r);
-  });
+void Stream::for_blocks(const std::function<void(std::int64_t row, int count)>& visit) const {
+  pool().run(threads_, blocks_, [&](std::int64_t block, int) { visit(block * engine_.rows, rows_of(block)); });
 }
 
 void Stream::run_chosen(const Chosen& chosen, const VisitChosen& visit) const {

@@ -65,8 +65,8 @@ class Stream {
   using Visit = std::function<void(const Step& step, std::int64_t row)>;
   void run(bool with_values, const Visit& visit) const;
 
-  // Calls visit(row) for every row, on several threads.
-  void for_rows(const std::function<void(std::int64_t row)>& visit) const;
+  // Calls visit(row, count) for every block of rows, on several threads.
+  void for_blocks(const std::function<void(std::int64_t row, int count)>& visit) const;
 
   // The scores of chosen pairs, by the same arithmetic as in a step: visit(row, scores), in the order of the choice.
   using VisitChosen = std::function<void(std::int64_t row, std::span<const float> scores)>;

@@ -2,8 +2,7 @@
 //
 // Registers 0 to 3 hold the 32 x 32 float32 sums, 4 and 5 the upper and lower 16 rows of the left factor (32 bfloat16 each),
 // 6 and 7 the left and right 16 columns of the right factor (16 pairs of depth by 16 columns). A tile in memory is 1 KB,
-// contiguous. `multiply` adds the four products of 16 x 32 by 32 x 16: 65,536 multiply-adds in four instructions. Where fewer
-// rows or columns are of interest, `Rows` and `Columns` count those that are in sixteens.
+// contiguous. `multiply` adds the four products of 16 x 32 by 32 x 16: 65,536 multiply-adds in four instructions.
 //
 // The software twin repeats what the processor documents for tdpbf16ps (Intel SDM, volume 2): even and odd members of the
 // pairs are summed apart from zero, then added, then added to the sums; denormal numbers count as zero everywhere. (It rounds
@@ -39,7 +38,6 @@ struct Tiles {
     _tile_loadconfig(&kConfig);
   }
   static void end() { _tile_release(); }
-
   template <int Rows = 2, int Columns = 2>
   static void clear() {
     _tile_zero(0);
@@ -47,15 +45,20 @@ struct Tiles {
     if constexpr (Rows == 2) _tile_zero(2);
     if constexpr (Rows == 2 && Columns == 2) _tile_zero(3);
   }
-  static void left(const void* tiles) {
+  static void load(const float* from, std::ptrdiff_t stride) {
     memory_barrier();
+    _tile_loadd(0, from, stride * 4);
+    _tile_loadd(1, from + 16, stride * 4);
+    _tile_loadd(2, from + 16 * stride, stride * 4);
+    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+  }
+  static void left(const void* tiles) {
     _tile_loadd(4, tiles, 64);
     _tile_loadd(5, static_cast<const char*>(tiles) + kTileBytes, 64);
   }
   static void right(const void* tiles) {
-    memory_barrier();
-    _tile_loadd(6, tiles, 64);
-    _tile_loadd(7, static_cast<const char*>(tiles) + kTileBytes, 64);
+    _tile_stream_loadd(6, tiles, 64);
+    _tile_stream_loadd(7, static_cast<const char*>(tiles) + kTileBytes, 64);
   }
   static void multiply() {
     _tile_dpbf16ps(0, 4, 6);
@@ -64,7 +67,7 @@ struct Tiles {
     _tile_dpbf16ps(3, 5, 7);
   }
   // Loads both factors and multiplies. Each load stands just before its first use, so that the tile unit waits for none but the
-  // first; `streamed` factors are not worth keeping in the first-level cache.
+  // first; a `streamed` left factor is not worth keeping in the first-level cache.
   template <int Rows = 2, int Columns = 2>
   static void multiply(const void* left, const void* right, bool streamed = false) {
     const char *a = static_cast<const char*>(left), *b = static_cast<const char*>(right);
@@ -90,16 +93,8 @@ struct Tiles {
       if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  // The sums as `store` left them.
-  static void load(const float* sums, int stride) {
-    memory_barrier();
-    _tile_loadd(0, sums, stride * 4);
-    _tile_loadd(1, sums + 16, stride * 4);
-    _tile_loadd(2, sums + 16 * stride, stride * 4);
-    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-  }
   template <int Rows = 2, int Columns = 2>
-  static void store(float* out, int stride) {
+  static void store(float* out, std::ptrdiff_t stride) {
     _tile_stored(0, out, stride * 4);
     if constexpr (Columns == 2) _tile_stored(1, out + 16, stride * 4);
     if constexpr (Rows == 2) _tile_stored(2, out + 16 * stride, stride * 4);
@@ -150,17 +145,17 @@ struct Tiles {
       }
     }
   }
+  static void load(const float* from, std::ptrdiff_t stride) {
+    for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], from + row * stride, sizeof state().sums[row]);
+  }
   template <int Rows = 2, int Columns = 2>
   static void multiply(const void* left, const void* right, bool /*streamed*/ = false) {
     std::memcpy(state().left, left, Rows * kTileBytes);
     std::memcpy(state().right, right, Columns * kTileBytes);
     multiply();  // what is left out of the factors gives sums that nobody stores
   }
-  static void load(const float* sums, int stride) {
-    for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], sums + row * stride, sizeof state().sums[row]);
-  }
   template <int Rows = 2, int Columns = 2>
-  static void store(float* out, int stride) {
+  static void store(float* out, std::ptrdiff_t stride) {
     for (int row = 0; row < 16 * Rows; ++row) std::memcpy(out + row * stride, state().sums[row], Columns * 16 * sizeof(float));
   }
 };

@@ -10,8 +10,8 @@ namespace {
 #define PAIRCLIP_TEXT_OF(name) #name
 #define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
-void exponentials(float* numbers, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; i += kLanes) store(numbers + i, exponential(load(numbers + i)));
+void powers_of_four(float* numbers, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kLanes) store(numbers + i, power_of_four(load(numbers + i)));
 }
 
 double multiply_adds(std::int64_t rounds) {
@@ -43,12 +43,13 @@ constexpr Engine engine(const Engine* fallback) {
           .pack_values = Products::pack_values,
           .begin = Products::begin,
           .end = Products::end,
-          .scores = Products::scores,
+          .scores = scores_step<Products>,
           .softmax = softmax_step<Products>,
+          .unpack_mean = unpack_mean<Products>,
           .stats = stats_step<Products>,
           .topk = topk_step<Products>,
           .sort = [](TopkSize size, TopkRow* row) { sort_best(*row, size.k); },
-          .exponentials = exponentials,
+          .powers_of_four = powers_of_four,
           .multiply_adds = multiply_adds};
 }
 

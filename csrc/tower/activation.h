@@ -1,8 +1,7 @@
 // The activations of the MLP, each with its derivative, which the forward pass computes at once and keeps.
 #pragma once
 
-#include "kernels/online_softmax.h"
-#include "tower/rows.h"
+#include "tower/exponential.h"
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 
@@ -26,7 +25,7 @@ inline Vec reciprocal(Vec x) {
 // x * Phi(x) and Phi(x) + x * phi(x) (Hendrycks and Gimpel 2016).
 //
 // The formula, everywhere: the error function by 7.1.26 of Abramowitz and Stegun (1964), off by at most 1.5e-7, whose
-// exponential is the density's too. `exponential` ends before denormal numbers begin, each of which would cost a hundred others.
+// exponential is the density's too.
 inline Activated gelu_by_formula(Vec x) {
   constexpr float kRootHalf = 0x1.6a09e6p-1f, kDensity = 0x1.988454p-2f;  // sqrt(1 / 2), 1 / sqrt(2 pi)
   const Vec z = magnitude(x) * kRootHalf;

@@ -4,8 +4,7 @@
 // zeros to 32 tokens. Products leave out tiles of sixteen rows or columns that are padding altogether.
 #pragma once
 
-#include "kernels/online_softmax.h"
-#include "tower/rows.h"
+#include "tower/exponential.h"
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 

@@ -116,8 +116,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """d row_i / d e_i = scale direction_i; d row_i / d scale = e_i . direction_i (no second pass over the bank)."""
     emb, scale, direction = ctx.saved_tensors
     grad_scale = (grad * _row_dots(emb, direction, direction.dtype)).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
-    grad_emb = ((grad[:, None] * scale) * direction).to(emb.dtype) if ctx.needs_input_grad[0] else None
-    return grad_emb, grad_scale
+    return (_scaled_rows(direction, grad * scale, emb.dtype) if ctx.needs_input_grad[0] else None), grad_scale
+
+
+def _scaled_rows(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factors[:, None] * rows`, rounded once at the end, without a second [B, D] where the dtypes differ."""
+    if rows.dtype == dtype:
+        return rows * factors[:, None]
+    return torch.cat(
+        [(part * factor[:, None]).to(dtype) for part, factor in zip(rows.split(DOTTED_ROWS), factors.split(DOTTED_ROWS), strict=True)]
+    )
 
 
 @once_differentiable

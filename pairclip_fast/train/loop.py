@@ -53,7 +53,7 @@ class LossModule(nn.Module):
         partner_caption_ids: Int[Tensor, " b"] | None = None,
         mix_weight: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean loss over the valid pairs; the loss itself is computed in float32."""
+        """Mean loss over the valid pairs; it is summed in float32, see `Precision.loss_dtype` for what it multiplies."""
         with self.precision.autocast():
             image_features = self.encode(images)
         self.encoded()

@@ -1,7 +1,7 @@
 """Which number format the forward pass runs in: what was asked for, bounded by what the device computes natively.
 
 Emulated bfloat16 is slower than float32, so support means instructions, not an API that returns without error.
-Weights, optimizer state, loss and softmax stay in float32 in every mode.
+Weights, optimizer state, and every sum of loss and softmax stay in float32 in every mode.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """What the loss multiplies with the caption bank: bfloat16, or float32, since float16 has no range for gradients unscaled."""
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
 
     def gradient_scaler(self) -> torch.amp.GradScaler:
         """Loss scaling for fp16; passes everything through otherwise."""

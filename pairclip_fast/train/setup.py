@@ -110,7 +110,7 @@ def build_module(config: RunConfig, *, manifest: Manifest, bank: CaptionBank, pr
     """Encoder and loss on `device`; weights are drawn from torch's global generator."""
     encoder = build_model(config.model, tiles=manifest.tiles, tile_size=(manifest.tile_height, manifest.tile_width), dim=bank.dim)
     encoder.encoder.recompute = config.train.recompute
-    loss = ContrastiveLoss(config.loss, bank=bank.text_features, groups=bank.groups)
+    loss = ContrastiveLoss(config.loss, bank=bank.text_features, groups=bank.groups, products=precision.loss_dtype)
     return LossModule(encoder, loss, precision=precision).to(device)
 
 

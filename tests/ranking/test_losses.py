@@ -166,6 +166,38 @@ def test_autocast_does_not_change_the_loss() -> None:
         assert torch.equal(inside, loss(features, ids))
 
 
+@pytest.mark.parametrize("groups", [None, torch.arange(300) // 2], ids=["distinct", "groups"])
+def test_products_of_bfloat16(groups: Tensor | None) -> None:
+    """Loss and gradient are those of the rounded problem; nothing is rounded where nothing is multiplied with the bank."""
+    bank, features, ids = unit(300, 64, seed=1).float(), unit(9, 64).float().requires_grad_(), torch.arange(9) * 31
+    bank = bank if groups is None else bank[groups]
+    config = LossConfig(temperature=0.1, label_smoothing=0.1)
+    loss = ContrastiveLoss(config, bank=bank, groups=groups, products=torch.bfloat16)
+    got = loss(features, ids)
+    exact = ContrastiveLoss(config, bank=bank.bfloat16().float(), groups=groups).double()
+    rounded = features.detach().bfloat16().double().requires_grad_()
+    want = exact(rounded, ids)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(want, rounded)[0]
+    assert (torch.autograd.grad(got, features)[0].double() - wanted).norm() < 4e-3 * wanted.norm()
+    assert loss.bank.dtype == torch.float32
+    infonce = LossConfig(kind="infonce")
+    same = [ContrastiveLoss(infonce, bank=bank, groups=groups, products=dtype)(features, ids) for dtype in (torch.bfloat16, torch.float32)]
+    assert torch.equal(*same)
+
+
+def test_a_perfect_prediction_has_no_gradient_in_bfloat16_either() -> None:
+    """A target of unrounded captions would pull at it for ever."""
+    bank, ids = unit(300, 64, seed=1).float(), torch.arange(20)
+    loss = ContrastiveLoss(LossConfig(temperature=0.01, learn_temperature=False), bank=bank, products=torch.bfloat16)
+    features = bank[ids].requires_grad_()
+    gradient = torch.autograd.grad(loss(features, ids) * len(ids), features)[0].norm()
+    rounding = loss.scale * (bank - bank.bfloat16().float())[ids].norm()
+    assert gradient < 0.02 * rounding
+    loss.targets = lambda caption_ids: bank[caption_ids]  # type: ignore[method-assign]
+    assert torch.autograd.grad(loss(features, ids) * len(ids), features)[0].norm() > 0.5 * rounding
+
+
 def test_training_with_the_operation_and_with_the_definition_is_the_same() -> None:
     """Convergence: the same 40 losses, whichever of the two computes them."""
     bank, ids = unit(30, 8, seed=3).float(), torch.arange(20)
