@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include "core/cpu.h"
+#include "tower/bindings.h"
 
 namespace nb = nanobind;
 
@@ -17,5 +18,7 @@ NB_MODULE(_native, module) {
       "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
   nb::module_ kernels = module.def_submodule("kernels");
   pairclip::kernels::bind(kernels);
+  nb::module_ tower = module.def_submodule("tower");
+  pairclip::tower::bind(tower);
   pairclip::loader::bind(module);
 }

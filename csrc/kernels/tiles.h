@@ -38,11 +38,12 @@ struct Tiles {
     _tile_loadconfig(&kConfig);
   }
   static void end() { _tile_release(); }
+  template <int Rows = 2, int Columns = 2>
   static void clear() {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (Columns == 2) _tile_zero(1);
+    if constexpr (Rows == 2) _tile_zero(2);
+    if constexpr (Rows == 2 && Columns == 2) _tile_zero(3);
   }
   static void load(const float* from, std::ptrdiff_t stride) {
     memory_barrier();
@@ -65,11 +66,39 @@ struct Tiles {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  // Loads both factors and multiplies. Each load stands just before its first use, so that the tile unit waits for none but the
+  // first; a `streamed` left factor is not worth keeping in the first-level cache.
+  template <int Rows = 2, int Columns = 2>
+  static void multiply(const void* left, const void* right, bool streamed = false) {
+    const char *a = static_cast<const char*>(left), *b = static_cast<const char*>(right);
+    memory_barrier();
+    if (streamed) {
+      _tile_stream_loadd(4, a, 64);
+    } else {
+      _tile_loadd(4, a, 64);
+    }
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Columns == 2) {
+      _tile_loadd(7, b + kTileBytes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Rows == 2) {
+      if (streamed) {
+        _tile_stream_loadd(5, a + kTileBytes, 64);
+      } else {
+        _tile_loadd(5, a + kTileBytes, 64);
+      }
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  template <int Rows = 2, int Columns = 2>
   static void store(float* out, std::ptrdiff_t stride) {
     _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + 16, stride * 4);
-    _tile_stored(2, out + 16 * stride, stride * 4);
-    _tile_stored(3, out + 16 * stride + 16, stride * 4);
+    if constexpr (Columns == 2) _tile_stored(1, out + 16, stride * 4);
+    if constexpr (Rows == 2) _tile_stored(2, out + 16 * stride, stride * 4);
+    if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, out + 16 * stride + 16, stride * 4);
     memory_barrier();
   }
 };
@@ -88,7 +117,10 @@ struct Tiles {
   }
   static void begin() {}
   static void end() {}
-  static void clear() { std::memset(state().sums, 0, sizeof state().sums); }
+  template <int Rows = 2, int Columns = 2>
+  static void clear() {
+    std::memset(state().sums, 0, sizeof state().sums);
+  }
   static void left(const void* tiles) { std::memcpy(state().left, tiles, sizeof state().left); }
   static void right(const void* tiles) { std::memcpy(state().right, tiles, sizeof state().right); }
 
@@ -116,8 +148,15 @@ struct Tiles {
   static void load(const float* from, std::ptrdiff_t stride) {
     for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], from + row * stride, sizeof state().sums[row]);
   }
+  template <int Rows = 2, int Columns = 2>
+  static void multiply(const void* left, const void* right, bool /*streamed*/ = false) {
+    std::memcpy(state().left, left, Rows * kTileBytes);
+    std::memcpy(state().right, right, Columns * kTileBytes);
+    multiply();  // what is left out of the factors gives sums that nobody stores
+  }
+  template <int Rows = 2, int Columns = 2>
   static void store(float* out, std::ptrdiff_t stride) {
-    for (int row = 0; row < 32; ++row) std::memcpy(out + row * stride, state().sums[row], sizeof state().sums[row]);
+    for (int row = 0; row < 16 * Rows; ++row) std::memcpy(out + row * stride, state().sums[row], Columns * 16 * sizeof(float));
   }
 };
 

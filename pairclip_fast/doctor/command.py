@@ -46,6 +46,7 @@ def run_doctor(*, events: EventLog, folder: Path | None = None, verify: bool = F
         "torch.compile": training.check_compiler,
         "loader": training.check_loader,
         "kernels": training.check_kernels,
+        "transformer blocks": training.check_blocks,
         "text encoder": training.check_text_encoder,
         "extras": training.check_extras,
         "data": training.check_data,

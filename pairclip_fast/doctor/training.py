@@ -157,6 +157,23 @@ def check_kernels() -> Check:
     return Check(topic="kernels", status="ok", found=chosen.name, reason=chosen.reason)
 
 
+def check_blocks() -> Check:
+    """What trains transformer blocks with `--amp`."""
+    import torch
+
+    from pairclip_fast.models.tower import ENGINE, why_not_here
+
+    topic, device = "transformer blocks", training_device()
+    if device != "cpu":
+        return Check(topic=topic, status="ok", found="torch", reason=f"nothing of our own for {device}")
+    reason = why_not_here()
+    if reason is None:
+        return Check(topic=topic, status="ok", found=f"all at once in C++ ({ENGINE}), with --amp")
+    if torch.cpu._is_amx_tile_supported():
+        return Check(topic=topic, status="fallback", found="torch", reason=reason, fix="let the extension use AMX: see CONTRIBUTING.md")
+    return Check(topic=topic, status="ok", found="torch", reason=reason)
+
+
 def check_text_encoder() -> Check:
     """What `--text-encoder auto` takes; asks whether the hub answers, fetches nothing."""
     from pairclip_fast.text import hub

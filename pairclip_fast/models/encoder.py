@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pairclip_fast.errors import ConfigError
+from pairclip_fast.models import tower
 
 
 class ImageEncoder(nn.Module):
@@ -36,6 +37,16 @@ class ImageEncoder(nn.Module):
         contexts: dict[str, Any] = {"context_fn": functools.partial(_second_pass, part)} if _batch_norms(part) else {}
         again: Tensor = checkpoint(part, inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
         return again
+
+    def run_blocks(
+        self, blocks: nn.ModuleList, tokens: Float[Tensor, "folded tokens embedding"]
+    ) -> Float[Tensor, "folded tokens embedding"]:
+        """The tokens after all transformer blocks: as one function where that is covered, else block by block."""
+        if not self.recompute and tower.takes(blocks, tokens):
+            return tower.run(blocks, tokens)
+        for block in blocks:
+            tokens = self.run(block, tokens)
+        return tokens
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         """Features of the stacked pictures."""

@@ -86,9 +86,7 @@ class TileViT(ImageEncoder):
         nn.init.normal_(self.positions, std=POSITION_STD)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        tokens = self._embed(images)
-        for block in self.blocks:
-            tokens = self.run(block, tokens)
+        tokens = self.run_blocks(self.blocks, self._embed(images))
         return join_tiles(self.norm(tokens).mean(dim=1), tiles=self.tiles)
 
     def prepare(self, images: Float[Tensor, "batch 3 height width"]) -> None:

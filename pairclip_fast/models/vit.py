@@ -46,9 +46,7 @@ class ViT(ImageEncoder):
         nn.init.normal_(self.positions, std=POSITION_STD)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        tokens = self._embed(images)
-        for block in self.blocks:
-            tokens = self.run(block, tokens)
+        tokens = self.run_blocks(self.blocks, self._embed(images))
         features: Tensor = self.norm(tokens[:, 0])
         return features
 

@@ -92,6 +92,7 @@ def glance(run: Run) -> list[tuple[str, str]]:
         ("Cost", _joined(f"{flops / 1e9:.4g} GFLOP per pair" if flops > 0 else "", f"{pflop:.3g} PFLOP so far" if pflop > 0 else "")),
         ("Runs on", _joined(plan.get("device"), plan.get("precision"), _named("loader", plan.get("loader")), plan.get("compile"))),
         ("Kernels", plan.get("kernels")),
+        ("Transformer blocks", plan.get("blocks")),
         ("Speed", _speed(steps)),
         ("Time", history.duration(number(finished.get("seconds")))),
         ("Began", _began(run)),

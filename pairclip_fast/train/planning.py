@@ -16,6 +16,8 @@ from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
 from pairclip_fast.kernels.ops import implementation
+from pairclip_fast.models import tower
+from pairclip_fast.models.encoder import ImageEncoder
 from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank
@@ -24,7 +26,7 @@ from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
 from pairclip_fast.train.loop import LossModule, Trainee
-from pairclip_fast.train.precision import choose_precision
+from pairclip_fast.train.precision import choose_precision, cpu_bf16_feature
 from pairclip_fast.train.resizing import Phase
 from pairclip_fast.train.setup import BANK, Parts, build_trainee, used_bank
 from pairclip_fast.train.work import RunWork
@@ -61,6 +63,8 @@ class TrainingPlan:
     precision: str
     kernels: str
     """Which implementation of the caption-bank operations runs, and why."""
+    blocks: str
+    """What trains the transformer blocks, and why."""
     loader: str
     compile: str
 
@@ -73,7 +77,7 @@ class TrainingPlan:
             f"plan: {self.num_train:,} training and {self.num_val:,} validation pairs, {self.num_captions:,} captions",
             f"      {self.parameters:,} parameters, {self.flops_per_pair / 1e9:.3f} GFLOP per pair, {self.total_pflop:.4g} PFLOP in all",
             f"      {self.epochs} epochs of {self.steps_per_epoch:,} steps; {self.precision}; loader {self.loader}; {self.compile}",
-            f"      on {self.device}; kernels {self.kernels}",
+            f"      on {self.device}; kernels {self.kernels}; transformer blocks {self.blocks}",
             f"      about {words_for_seconds(self.eta_s)}, {sum(self.memory_gib.values()):.2f} GiB for training (estimates)",
         ]
 
@@ -106,6 +110,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     rate = found.pairs_per_second * parts.processes.world_size
     whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     kernels = implementation(parts.placement.device)
+    blocks = blocks_of(parts, trainee, compiled=compiled.startswith("compiled"))
     return TrainingPlan(
         num_train=parts.num_train,
         num_val=num_val,
@@ -121,9 +126,29 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
         kernels=f"{kernels.name} ({kernels.reason})",
+        blocks=f"{blocks.name} ({blocks.reason})",
         loader=loader,
         compile=compiled,
     )
+
+
+def blocks_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> tower.Implementation:
+    """What trains the encoder's transformer blocks."""
+    found = [part for part in trainee.module.encoder.modules() if isinstance(part, ImageEncoder)]
+    return tower.implementation(
+        getattr(found[0], "blocks", None),
+        device=parts.placement.device,
+        autocast=None if parts.precision.name == "fp32" else parts.precision.dtype,
+        recompute=parts.config.train.recompute,
+        compiled=compiled,
+    )
+
+
+def tell_slower_blocks(parts: Parts, blocks: tower.Implementation, *, compiled: bool, events: EventLog) -> None:
+    """One event if this processor could train the blocks faster than they will be, and nobody asked for that."""
+    could = parts.placement.device.type == "cpu" and parts.precision.name == "bf16" and cpu_bf16_feature() == "AMX"
+    if could and blocks.name == "torch" and not (compiled or parts.config.train.recompute):
+        events.fallback("transformer blocks on AMX", chosen="torch", reason=blocks.reason)
 
 
 def count_work(parts: Parts, module: LossModule, *, phases: Sequence[Phase]) -> RunWork:
@@ -165,6 +190,7 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
         while tries < PROBE_TRIES or time.perf_counter() - started < PROBE_SECONDS:
             best = max(best, pairs / max(seconds(pairs), 1e-9))
             pairs, tries = min(2 * pairs, limit), tries + 1
+    tower.drop_free_workspaces()  # those of the probe's sizes
     per_pair = (many - few) / (min(PROBE_PAIRS, limit) - 1) if limit > 1 else many
     return Probe(pairs_per_second=best, activation_bytes_per_pair=per_pair, fixed_activation_bytes=few - per_pair)
 

@@ -26,7 +26,7 @@ from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.evaluation import FOLDER as EVALUATIONS
 from pairclip_fast.train.evaluation import Evaluator
-from pairclip_fast.train.planning import TrainingPlan, make_plan
+from pairclip_fast.train.planning import TrainingPlan, blocks_of, make_plan, tell_slower_blocks
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.run_folder import Chosen
@@ -130,6 +130,8 @@ def set_up(
         events=events,
     )
     plan = make_plan(parts, trainee, loader=loader.backend, compiled=compiled, steps_done=steps_done)
+    in_torch = compiled == "compiled"
+    tell_slower_blocks(parts, blocks_of(parts, trainee, compiled=in_torch), compiled=in_torch, events=events)
     peak = peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise)
 
     torch.manual_seed(config.train.seed)  # whatever the set-up drew

@@ -1,0 +1,26 @@
+// A stack of transformer blocks, forward and backward: which tasks there are and in which order they run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tower/engine.h"
+
+namespace pairclip::tower {
+
+// The names that `engine` takes here, best last: "emulated", with tiles in software, and "amx" where there are tiles.
+std::vector<std::string> engine_names();
+
+// Throws std::invalid_argument for a name that is not among them.
+const Engine& engine(const std::string& name);
+
+// `pass` as the direction needs it. The memory is a workspace for `threads` threads; results do not depend on their number.
+void forward(const Engine& engine, const Pass& pass, int threads);
+
+// Once per forward pass, since gradients replace activations. Overwrites `gradients`.
+void backward(const Engine& engine, const Pass& pass, int threads);
+
+// Ask the system for huge pages, which spares most page faults and address translations. A hint.
+void prefer_huge_pages(char* memory, std::size_t bytes);
+
+}  // namespace pairclip::tower

@@ -1,0 +1,145 @@
+// Compiled once per instruction set: fills in that set's table.
+#include "tower/attention.h"
+#include "tower/passes.h"
+#include "tower/weight_gradient.h"
+
+namespace pairclip::tower::PAIRCLIP_VARIANT {
+namespace {
+
+#define PAIRCLIP_TEXT_OF(name) #name
+#define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
+
+// Denormal numbers count as zero, as the tiles have it anyway: gradients fade out, and each denormal costs a hundred others.
+// The thread may be the caller's, so it gets its own setting back.
+#if defined(__SSE__)
+constexpr unsigned kDenormalsAreZero = 0x8040;  // flush to zero, denormals are zero (Intel SDM, volume 1, 10.2.3)
+thread_local unsigned setting_of_the_caller;
+#endif
+
+void begin() {
+  Tiles::begin();
+#if defined(__SSE__)
+  setting_of_the_caller = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(setting_of_the_caller | kDenormalsAreZero);
+#endif
+}
+
+void end() {
+  Tiles::end();
+#if defined(__SSE__)
+  __builtin_ia32_ldmxcsr(setting_of_the_caller);
+#endif
+}
+
+void pack(const Pass& pass, int number, int matrix, int panel) {
+  const BlockBuffers block = pass.block(number);
+  const float* const* parameters = pass.parameters + number * kParametersPerBlock;
+  const int from = inputs(pass.shape, matrix), in_blocks = from / kBlock, out_blocks = outputs(pass.shape, matrix) / kBlock;
+  const float* weight = parameters[kWeightOf[matrix]] + static_cast<std::size_t>(panel) * kBlock * from;
+  alignas(64) bf16 narrow[kBlockNumbers];
+  for (int k = 0; k < in_blocks; ++k) {
+    for (int r = 0; r < kBlock; ++r)
+      write_row(narrow + r * kBlock, read_row(weight + static_cast<std::size_t>(r) * from + k * kBlock));
+    pack_rows_as_columns(narrow, block.forward[matrix] + (static_cast<std::size_t>(panel) * in_blocks + k) * kBlockNumbers);
+    pack_rows_as_depth(narrow, block.backward[matrix] + (static_cast<std::size_t>(k) * out_blocks + panel) * kBlockNumbers);
+  }
+  std::memcpy(block.bias[matrix] + panel * kBlock, parameters[kBiasOf[matrix]] + panel * kBlock, kBlock * sizeof(float));
+}
+
+void copy_norms(const Pass& pass, int number) {
+  const BlockBuffers block = pass.block(number);
+  const float* const* parameters = pass.parameters + number * kParametersPerBlock;
+  const std::size_t bytes = pass.shape.width * sizeof(float);
+  std::memcpy(block.norm1.weight, parameters[kNorm1Weight], bytes);
+  std::memcpy(block.norm1.bias, parameters[kNorm1Bias], bytes);
+  std::memcpy(block.norm2.weight, parameters[kNorm2Weight], bytes);
+  std::memcpy(block.norm2.bias, parameters[kNorm2Bias], bytes);
+}
+
+void forward_rows(const Pass& pass, int block, Range strips, const Scratch& scratch) {
+  RowPass(pass, strips, scratch).forward(block);
+}
+void backward_rows(const Pass& pass, int block, Range strips, const Scratch& scratch) {
+  RowPass(pass, strips, scratch).backward(block);
+}
+
+// Attention writes the rows of its samples; those of the padding come with the last sample.
+void clear_padding(const Shape& shape, int panels, bf16* matrix) {
+  for (std::int64_t row = shape.rows(); row < std::int64_t{shape.strips()} * kBlock; ++row)
+    for (int panel = 0; panel < panels; ++panel) std::memset(row_at(matrix, panels, row, panel), 0, kBlock * sizeof(bf16));
+}
+
+void forward_attention(const Pass& pass, int number, Range samples, const Scratch& scratch) {
+  const BlockBuffers block = pass.block(number);
+  for (int sample = samples.begin; sample < samples.end; ++sample)
+    for (int head = 0; head < pass.shape.heads; ++head) Head(pass.shape, sample, head, scratch.packed).forward(block);
+  if (samples.end == pass.shape.batch) clear_padding(pass.shape, pass.shape.panels(), block.attended);
+}
+
+void backward_attention(const Pass& pass, int number, Range samples, const Scratch& scratch) {
+  const BlockBuffers block = pass.block(number);
+  const bf16* gradient = pass.attended();
+  for (int sample = samples.begin; sample < samples.end; ++sample)
+    for (int head = 0; head < pass.shape.heads; ++head) Head(pass.shape, sample, head, scratch.packed).backward(block, gradient);
+  if (samples.end == pass.shape.batch) clear_padding(pass.shape, 3 * pass.shape.panels(), block.qkv);
+}
+
+void weight_gradient(const Pass& pass, int number, int matrix, Range output_blocks, Range input_blocks, const Scratch& scratch) {
+  const BlockBuffers block = pass.block(number);
+  const bf16* const gradients[] = {block.qkv, block.sum1, block.slope, block.sum2};
+  const bf16* const factors[] = {block.normed, block.attended, block.mlp_in, block.hidden};
+  float* const* found = pass.gradients + number * kParametersPerBlock;
+  const WeightGradient call{.gradients = gradients[matrix],
+                            .inputs = factors[matrix],
+                            .gradient_panels = outputs(pass.shape, matrix) / kBlock,
+                            .input_panels = inputs(pass.shape, matrix) / kBlock,
+                            .outputs = output_blocks,
+                            .depth = input_blocks,
+                            .strips = pass.shape.strips(),
+                            .weight = found[kWeightOf[matrix]],
+                            .bias = input_blocks.begin == 0 ? found[kBiasOf[matrix]] : nullptr};
+  WeightGradientTask(call, scratch).run();
+}
+
+void norm_gradient(const Pass& pass, int number, int norm) {
+  const BlockBuffers block = pass.block(number);
+  const float* sums = (norm == 0 ? block.norm1 : block.norm2).sums;
+  float* const* found = pass.gradients + number * kParametersPerBlock + (norm == 0 ? kNorm1Weight : kNorm2Weight);
+  const int width = pass.shape.width;
+  for (int which = 0; which < 2; ++which)
+    for (int i = 0; i < width; i += kBlock) {
+      Row total{};
+      for (int strip = 0; strip < pass.shape.strips(); ++strip)
+        total = total + read_row(sums + (static_cast<std::size_t>(strip) * 2 + which) * width + i);
+      write_row(found[which] + i, total);
+    }
+}
+
+void activate(Activation activation, const float* numbers, int count, float* values, float* slopes) {
+  with_activation(activation, [&](auto chosen) {
+    for (int i = 0; i < count; i += kLanes) {
+      const Activated found = chosen(load(numbers + i));
+      store(values + i, found.value);
+      store(slopes + i, found.slope);
+    }
+  });
+}
+
+constexpr Engine kEngine{.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+                         .begin = begin,
+                         .end = end,
+                         .pack = pack,
+                         .copy_norms = copy_norms,
+                         .forward_rows = forward_rows,
+                         .backward_rows = backward_rows,
+                         .forward_attention = forward_attention,
+                         .backward_attention = backward_attention,
+                         .weight_gradient = weight_gradient,
+                         .norm_gradient = norm_gradient,
+                         .activate = activate};
+
+}  // namespace
+
+const Engine& engine() { return kEngine; }
+
+}  // namespace pairclip::tower::PAIRCLIP_VARIANT

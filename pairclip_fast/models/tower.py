@@ -1,0 +1,229 @@
+"""Training a stack of transformer blocks on a CPU with matrix tiles (AMX): one autograd function in C++ (`csrc/tower`).
+
+Activations, and the residual stream too, are bfloat16 with float32 sums, statistics and parameters; the gradients of the
+parameters are float32 and as near to float32's as autocast's are. All that the backward pass needs lies in one workspace,
+made once per shape and used again in the next step; the backward pass writes gradients over activations, so it runs once.
+Results are the same bits in every run and for any number of threads.
+
+Everything else (evaluation, other devices and precisions, recomputing, compiling) takes the blocks one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pairclip_fast.models.blocks import ACTIVATIONS, Block
+from pairclip_fast.native import native
+
+ENGINE = "amx"
+BLOCK = 32
+"""Widths of heads and MLPs are multiples of it: two tiles."""
+MOST_FREE = 2
+"""Workspaces that are kept although no graph needs them: the next step's, and that of a last, smaller batch."""
+
+
+class Implementation(NamedTuple):
+    """What runs the transformer blocks in training, and why."""
+
+    name: str
+    reason: str
+
+
+class Sizes(NamedTuple):
+    """What a workspace depends on."""
+
+    batch: int
+    tokens: int
+    width: int
+    mlp_width: int
+    heads: int
+    depth: int
+    pre_norm: bool
+    activation: str
+    threads: int
+
+
+class Workspace(NamedTuple):
+    """Memory for one forward pass and its backward pass."""
+
+    sizes: Sizes
+    memory: Tensor
+
+
+_free: list[Workspace] = []
+
+
+def implementation(
+    blocks: nn.ModuleList | None, *, device: torch.device, autocast: torch.dtype | None, recompute: bool, compiled: bool
+) -> Implementation:
+    """What trains `blocks` on `device`.
+
+    Args:
+        blocks: The transformer's blocks; None for another kind of encoder.
+        device: Of the parameters.
+        autocast: Its dtype, None without autocast.
+        recompute: Whether activations are computed again.
+        compiled: Whether `torch.compile` has the encoder.
+    """
+    if blocks is None:
+        return Implementation("none", "the encoder is no transformer")
+    reasons = {
+        f"nothing of our own for {device.type}": device.type != "cpu",
+        "not under bfloat16 autocast": autocast != torch.bfloat16,
+        "activations are recomputed": recompute,
+        "compiled by torch": compiled,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None) or why_not_here() or _why_not(blocks)
+    if reason is not None:
+        return Implementation("torch", reason)
+    return Implementation("cpp", f"C++, {ENGINE}, bfloat16 tiles, float32 sums")
+
+
+def why_not_here() -> str | None:
+    """The reason why this machine or installation has no tower; None if it has."""
+    found = native()
+    if found.module is None:
+        return found.reason
+    return None if ENGINE in found.module.tower.engines() else f"no matrix tiles ({found.module.isa()})"
+
+
+def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
+    """Whether `run` is for this forward pass: training under bfloat16 autocast on this CPU, sizes and layout covered."""
+    return (
+        tokens.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+        and tokens.dtype in (torch.float32, torch.bfloat16)
+        and tokens.numel() > 0
+        and why_not_here() is None
+        and _why_not(blocks) is None
+    )
+
+
+def run(
+    blocks: nn.ModuleList, tokens: Float[Tensor, "batch tokens width"], *, engine: str | None = None
+) -> Float[Tensor, "batch tokens width"]:
+    """The tokens after all blocks, of the same dtype; see `takes`. `engine` is for tests.
+
+    The gradient's backward pass runs once per forward pass; a second one raises RuntimeError.
+    """
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads())
+    result: Tensor = _Tower.apply(tokens.float(), sizes, engine or ENGINE, *parameters)
+    return result.to(tokens.dtype)
+
+
+def drop_free_workspaces() -> None:
+    """Give back the memory that is kept for the next step."""
+    _free.clear()
+
+
+def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int) -> Sizes:
+    """Of a forward pass."""
+    first = blocks[0]
+    assert isinstance(first, Block)
+    batch, count, _width = tokens.shape
+    width, mlp_width, heads, pre_norm, activation = _description(first)
+    return Sizes(
+        batch=batch,
+        tokens=count,
+        width=width,
+        mlp_width=mlp_width,
+        heads=heads,
+        depth=len(blocks),
+        pre_norm=pre_norm,
+        activation=activation,
+        threads=threads,
+    )
+
+
+def _why_not(blocks: nn.ModuleList) -> str | None:
+    """The reason why these blocks are not covered."""
+    if not all(isinstance(block, Block) and block.training for block in blocks):
+        return "not in training"
+    described = {_description(block) for block in blocks if isinstance(block, Block)}
+    if len(described) != 1:
+        return "the blocks differ"
+    width, mlp_width, heads, _pre_norm, _activation = described.pop()
+    if width % (BLOCK * heads) or mlp_width % BLOCK:
+        return f"the widths of a head ({width // heads}) and of the MLP ({mlp_width}) are not multiples of {BLOCK}"
+    parts = [part for block in blocks for part in block.modules()]
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "a part of the blocks has hooks"
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    if not all(parameter.dtype == torch.float32 and parameter.is_contiguous() for parameter in parameters):
+        return "parameters are not float32 in one piece"
+    return None
+
+
+def _description(block: Block) -> tuple[int, int, int, bool, str]:
+    """Width, MLP width, heads, norms before, and the activation's name; all in all, what blocks of a tower have in common."""
+    inner = block.mlp[0]
+    assert isinstance(inner, nn.Linear)
+    activation = next(name for name, kind in ACTIVATIONS.items() if type(block.mlp[1]) is kind)
+    return inner.in_features, inner.out_features, block.attention.heads, block.pre_norm, activation
+
+
+class _Lease:
+    """A workspace in use by a graph; given back after the backward pass, or when the graph is dropped without one."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.workspace: Workspace | None = _take(sizes)
+
+    def give_back(self) -> None:
+        if self.workspace is not None:
+            _free.append(self.workspace)
+            self.workspace = None
+            del _free[:-MOST_FREE]
+
+    __del__ = give_back
+
+
+def _take(sizes: Sizes) -> Workspace:
+    for i, workspace in enumerate(_free):
+        if workspace.sizes == sizes:
+            return _free.pop(i)
+    tower = native().module.tower
+    memory = torch.empty(tower.workspace_bytes(_shape(sizes), sizes.threads), dtype=torch.uint8)
+    tower.prefer_huge_pages(memory)
+    return Workspace(sizes, memory)
+
+
+def _shape(sizes: Sizes) -> Any:
+    named = sizes._asdict()
+    del named["threads"]
+    return native().module.tower.Shape(**named)
+
+
+class _Tower(torch.autograd.Function):
+    """All blocks, from float32 tokens to float32 tokens. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, sizes: Sizes, engine: str, *parameters: Tensor) -> Tensor:
+        ctx.lease, ctx.engine = _Lease(sizes), engine
+        memory = ctx.lease.workspace.memory
+        ctx.save_for_backward(memory)  # so that whoever counts or moves what autograd keeps sees it
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        result = torch.empty(tokens.shape)
+        given = [parameter.detach() for parameter in parameters]
+        native().module.tower.forward(engine, sizes.threads, _shape(sizes), memory, tokens.detach().contiguous(), given, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.lease.workspace is None:
+            raise RuntimeError("this backward pass runs once per forward pass: it writes gradients over the activations")
+        sizes = ctx.lease.workspace.sizes
+        (memory,) = ctx.saved_tensors
+        found, gradients = torch.empty(gradient.shape), [torch.empty(shape) for shape in ctx.shapes]
+        native().module.tower.backward(ctx.engine, sizes.threads, _shape(sizes), memory, gradient.float().contiguous(), found, gradients)
+        ctx.lease.give_back()
+        return found, None, None, *gradients
