@@ -123,9 +123,8 @@ def _scaled_rows(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """`factors[:, None] * rows`, rounded once at the end, without a second [B, D] where the dtypes differ."""
     if rows.dtype == dtype:
         return rows * factors[:, None]
-    return torch.cat(
-        [(part * factor[:, None]).to(dtype) for part, factor in zip(rows.split(DOTTED_ROWS), factors.split(DOTTED_ROWS), strict=True)]
-    )
+    parts = zip(torch.split(rows, DOTTED_ROWS), torch.split(factors, DOTTED_ROWS), strict=True)
+    return torch.cat([(part * factor[:, None]).to(dtype) for part, factor in parts])
 
 
 @once_differentiable
