@@ -119,8 +119,9 @@ def open_streams(asked: argparse.Namespace, folders: dict[str, Path], rung: str,
     from loader_rows import our_stream, our_variants, ready_stream
 
     cores, streams = usable_cores(), [ready_stream(rung=rung, batch_size=asked.batch_size)]
-    for ours in our_variants(cores=cores) if rung != "read" else ():
-        plain = ours.backend != "native" or (ours.isa in ("", "avx512") and ours.threads == 2 and "bf16" not in ours.name)
+    variants = our_variants(cores=cores) if rung != "read" else []
+    for ours in variants:
+        plain = ours.backend != "native" or (ours.isa == variants[0].isa and ours.threads == 2 and "bf16" not in ours.name)
         for encoding in ENCODINGS if plain and rung == "full" else ENCODINGS[:1]:
             settings = {"encoding": encoding, "rung": rung, "batch_size": asked.batch_size}
             streams.append(our_stream(ours, folders[encoding], **settings, events=events))

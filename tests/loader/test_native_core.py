@@ -24,8 +24,7 @@ pytestmark = pytest.mark.skipif(native().module is None, reason=native().reason)
 CORE: Any = native().module
 TOLERANCE = 0.02
 """In units of the 0..255 scale."""
-LEVELS = ("portable", "avx2", "avx512")
-ISAS = LEVELS[: LEVELS.index(CORE.isa().replace("amx", "avx512")) + 1] if CORE else ()
+ISAS = tuple(CORE.loader_isas()) if CORE else ()
 
 
 def make_filler(shape: tuple[int, ...], *, border: str = "zero", isa: str = "", threads: int = 1, bf16: bool = False) -> Any:
