@@ -187,6 +187,12 @@ def test_orders_are_numpys_number_by_number(count: int, seed: int, epoch: int, t
     assert np.array_equal(keyed_permutation(count, **options), keyed_permutation_in_numpy(count, **options))
 
 
+@pytest.mark.parametrize("size", [1023, 1024, 1279, 1280, 1300, 2048, 6144, 6145, 6200, 6399, 10_000])
+def test_checksums_of_whole_records_are_zlibs(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert CORE.crc32(data) == CORE.crc32_portable(data) == zlib.crc32(data.tobytes())
+
+
 @given(st.binary(max_size=700), st.integers(0, 63))
 def test_checksums_are_zlibs(data: bytes, offset: int) -> None:
     view = np.frombuffer(bytes(offset) + data, dtype=np.uint8)[offset:]
