@@ -1,161 +1,23 @@
 // Rotation of tiles up to 32 pixels wide by byte look-up and byte dot products (AVX-512 VBMI and VNNI).
 //
-// Each colour is a plane of bytes with zeros around it, one line after the other with two zeros in between. The four taps of
-// each of 16 pixels are 64 bytes of a plane; while the angle is small they lie within two to four registers from the vector's
-// first byte on, and VPERMB fetches all of a colour from a register at once. VPDPBUSD then multiplies the four taps of a pixel
-// by their weights and adds them up, a byte of the weights at a time, without rounding. Against the look-up of whole pixels
-// (rotate_rows.h) nothing has to be unpacked, and there are half as many instructions per vector.
+// The four taps of each of 16 pixels are 64 bytes of a colour's plane. While the angle is small they lie within two to four
+// registers from the first byte that any of them needs, and VPERMB fetches all of them from a register at once; VPDPBUSD then
+// multiplies the four taps of a pixel by their weights and adds them up, a byte of the weights at a time, without rounding.
+// Against the look-up of whole pixels (rotate_rows.h), which steeper angles and mirrored borders still take, nothing has to
+// be unpacked, and there are half as many instructions per vector.
 #pragma once
 
-#include "loader/pixels.h"
+#include "loader/byte_planes.h"
 
 namespace pairclip::PAIRCLIP_VARIANT {
 
-constexpr int kRegisterBytes = 64, kMostRegisters = 4;
-constexpr int kOverhang = 1;  // pixels of zeros on each side; a position further out looks like that
-// Dot products take unsigned weights and signed pixels, so planes hold pixel - 128; the writer adds it again, as the weights
-// of a pixel add up to one. Zeros beyond the tile are pixels like any other.
-constexpr float kMiddle = 128.0f;
-constexpr char kNothing = static_cast<char>(0x80);
-// 2^23: a float from here to 2^24 is a whole number, in its lower bits, and to add to it is to round.
-constexpr float kRounder = 0x1p23f;
-constexpr std::uint32_t kRounderBits = 0x4B000000;
+constexpr int kMostRegisters = 4;
+constexpr int kBytesTurn = 4;  // as kTurn; what is kept in between is larger here
 constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-// Scalar and vector arithmetic may round differently: where a vector begins is sought this much further out.
-constexpr float kSlack = 0x1p-10f;
-constexpr float kMostMoved = 64.0f;  // the slack is enough for positions within a few sides
-constexpr int kBytesTurn = 4;        // as kTurn; what is kept in between is larger here
-constexpr int kMostHeight = 1 << 12;
-
-PAIRCLIP_INLINE Ints bits_of(Floats x) { return reinterpret_cast<Ints>(x); }
-
-// Weights of two bytes are off by 2^-17 each: with 4 taps 1/256 of a level at most, 1/128 where colours are stretched twice.
-// Stretched further, three bytes.
-constexpr float kMostStretch = 2.0f;
-
-template <int kBytes>
-constexpr int kWhole = kBytes == 2 ? 0xFFFF : 0x7FFFFF;  // one, as a weight
-
-template <int kBytes>
-constexpr Units kWeighed = {{1.0f / kWhole<kBytes>, 1.0f / kWhole<kBytes>, 1.0f / kWhole<kBytes>}, kMiddle};
-
-// The bytes of each group of four that `which` names, from the given ones of `from`; the others stay.
-template <int kFirst, int kSecond, int kThird, int kFourth>
-PAIRCLIP_INLINE __m512i bytes_from(__m512i stay, __mmask64 which, __m512i from) {
-  constexpr int order = kFirst | kSecond << 8 | kThird << 16 | kFourth << 24;
-  const __m512i within = _mm512_broadcast_i32x4(_mm_set_epi32(order + 0x0C0C0C0C, order + 0x08080808, order + 0x04040404, order));
-  return _mm512_mask_shuffle_epi8(stay, which, from, within);
-}
-
-PAIRCLIP_INLINE __m512i lowest_bytes(__m512i from) { return bytes_from<0, 0, 0, 0>(from, ~__mmask64{0}, from); }
-
-// Where the taps of 16 pixels are, counted from the first byte that any of them needs, and their weights, a byte of each at a
-// time. The order of taps is that of `tap_offsets`.
-struct ByteTaps {
-  __m512i at, high, middle, low;
-};
-
-// Bytes from the top left tap to each: top right, low right, top left, low left.
-PAIRCLIP_INLINE __m512i tap_offsets(int pitch) { return _mm512_set1_epi32(1 | (pitch + 1) << 8 | pitch << 24); }
-
-template <int kBytes>
-PAIRCLIP_INLINE void weigh(Floats right_share, Floats low_share, ByteTaps* taps) {
-  constexpr __mmask64 kOdd = 0xAAAAAAAAAAAAAAAA, kEven = ~kOdd, kUpper = 0xCCCCCCCCCCCCCCCC, kLower = ~kUpper;
-  constexpr float kOne = static_cast<float>(kWhole<kBytes>);
-  const Floats right = right_share * kOne, left = kOne - right, top_share = 1.0f - low_share;
-  const auto bits = [](Floats side, Floats share) { return reinterpret_cast<__m512i>(side * share + kRounder); };
-  const __m512i top_right = bits(right, top_share), top_left = bits(left, top_share);
-  const __m512i low_right = bits(right, low_share), low_left = bits(left, low_share);
-  const __m512i top = bytes_from<0, 0, 0, 1>(top_right, kUpper, top_left);
-  const __m512i low = bytes_from<0, 0, 0, 1>(low_right, kUpper, low_left);
-  taps->low = bytes_from<0, 0, 0, 2>(top, kOdd, low);
-  taps->middle = bytes_from<1, 0, 3, 0>(low, kEven, top);
-  if constexpr (kBytes == 3) {
-    const __m512i top_high = bytes_from<2, 3, 0, 0>(top_left, kLower, top_right);
-    const __m512i low_high = bytes_from<2, 3, 0, 0>(low_left, kLower, low_right);
-    taps->high = bytes_from<0, 0, 0, 2>(top_high, kOdd, low_high);
-  }
-}
-
-// 16 pixels of one colour, as in `kWeighed`.
-template <int kRegisters, int kBytes>
-PAIRCLIP_INLINE Floats blended(const std::uint8_t* plane, const ByteTaps& taps) {
-  const auto bytes = [&](int k) { return _mm512_loadu_si512(plane + k * kRegisterBytes); };
-  const __mmask64 odd = _mm512_test_epi8_mask(taps.at, _mm512_set1_epi8(0x40));
-  __m512i pixels = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(taps.at, bytes(0)), odd, taps.at, bytes(1));
-  if constexpr (kRegisters > 2) {
-    const __mmask64 far = _mm512_movepi8_mask(taps.at);
-    pixels = _mm512_mask_permutexvar_epi8(pixels, far, taps.at, bytes(2));
-    if constexpr (kRegisters > 3) pixels = _mm512_mask_permutexvar_epi8(pixels, far & odd, taps.at, bytes(3));
-  }
-  __m512i sum = _mm512_setzero_si512();
-  if constexpr (kBytes == 3) sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, taps.high, pixels), 8);
-  sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, taps.middle, pixels), 8);
-  return to_floats(reinterpret_cast<Ints>(_mm512_dpbusd_epi32(sum, taps.low, pixels)));
-}
-
-// Where things are in the scratch memory of a tile.
-struct Planes {
-  int pitch, bytes;
-  std::uint8_t* pixels;  // three planes
-  // Of each line of the output: what to add to a position across and down; of each vector: the first byte that it needs, and
-  // what turns the last byte of a tap's place into one that counts from there, for four taps.
-  float *across, *down;
-  std::int32_t *first, *offsets;
-
-  PAIRCLIP_INLINE Planes in(std::uint32_t* scratch, const TileJob& job) {
-    Planes planes;
-    const int lines = loader::whole_vectors(job.height), vectors = loader::kRowWords / kLanes * lines;
-    planes.pitch = job.width + 2 * kOverhang;
-    planes.bytes = loader::plane_bytes(job.height);
-    planes.pixels = reinterpret_cast<std::uint8_t*>(scratch);
-    planes.across = reinterpret_cast<float*>(planes.pixels + 3 * planes.bytes);
-    planes.down = planes.across + lines;
-    planes.first = reinterpret_cast<std::int32_t*>(planes.down + lines);
-    planes.offsets = planes.first + vectors;
-    return planes;
-  }
-};
-
-// Which byte of a line's RGB bytes each pixel of a plane is.
-struct Picks {
-  alignas(kRegisterBytes) std::uint8_t from[3][kRegisterBytes];
-  std::uint64_t beyond[3];  // pixels that are in the second register of the line
-
-  constexpr Picks() : from{}, beyond{} {
-    for (int c = 0; c < 3; ++c)
-      for (int x = 0; x < loader::kRowWords; ++x) {
-        from[c][x] = static_cast<std::uint8_t>((3 * x + c) % kRegisterBytes);
-        if (3 * x + c >= kRegisterBytes) beyond[c] |= std::uint64_t{1} << x;
-      }
-  }
-};
-
-static constexpr Picks kPicks;
-
-// The planes of a tile. Each line is written with zeros to its right, and the next one over some of them.
-static void fill_planes(const TileJob& job, Planes planes) {
-  const __m512i nothing = _mm512_set1_epi8(kNothing);
-  const int height = job.height, row_bytes = 3 * job.width;
-  const std::uint64_t pixels = (std::uint64_t{1} << job.width) - 1;
-  const __mmask64 first = ~std::uint64_t{0} >> (row_bytes < kRegisterBytes ? kRegisterBytes - row_bytes : 0);
-  const __mmask64 second = row_bytes > kRegisterBytes ? (std::uint64_t{1} << (row_bytes - kRegisterBytes)) - 1 : 0;
-  for (int c = 0; c < 3; ++c) _mm512_storeu_si512(planes.pixels + c * planes.bytes, nothing);
-  std::uint8_t* to = planes.pixels + planes.pitch * kOverhang + kOverhang;
-  for (int y = 0; y < height; ++y, to += planes.pitch) {
-    const std::uint8_t* const row = job.source.pixels + y * job.source.row_bytes;
-    const __m512i a = _mm512_xor_si512(_mm512_maskz_loadu_epi8(first, row), nothing);
-    const __m512i b = _mm512_xor_si512(_mm512_maskz_loadu_epi8(second, row + kRegisterBytes), nothing);
-    for (int c = 0; c < 3; ++c) {
-      const __m512i from = _mm512_load_si512(kPicks.from[c]);
-      const __m512i near = _mm512_mask_permutexvar_epi8(nothing, pixels, from, a);
-      _mm512_storeu_si512(to + c * planes.bytes, _mm512_mask_permutexvar_epi8(near, pixels & kPicks.beyond[c], from, b));
-    }
-  }
-  // Rows below: a position at most one pixel out has taps two pixels out.
-  for (int at = 0; at < 3 * planes.pitch; at += kRegisterBytes)
-    for (int c = 0; c < 3; ++c) _mm512_storeu_si512(to + c * planes.bytes + at, nothing);
-}
+// Where a vector's bytes begin is sought this much further out, since it may be rounded differently from the positions of its
+// lanes. Enough for positions within a few sides of tiles that are not much higher than wide.
+constexpr float kSlack = 0x1p-10f, kMostMoved = 64.0f;
+constexpr int kMostHeight = 256;
 
 // One axis of the tile. Positions are counted from a whole pixel near the centre, so that one instruction holds them within
 // the overhang on both sides.
@@ -216,7 +78,8 @@ static void plan_lines(const TileJob& job, Planes planes) {
       store(planes.across + y, across);
       store(planes.down + y, down);
       const Floats first_x = held(across + (least_x - kSlack), middle_x), first_y = held(down + (least_y - kSlack), middle_y);
-      const Ints first = bits_of(Placer::place(placer, first_x, first_y - fraction(first_y))) - static_cast<int>(kRounderBits);
+      const Ints first =
+          reinterpret_cast<Ints>(Placer::place(placer, first_x, first_y - fraction(first_y))) - static_cast<int>(kRounderBits);
       const int at = x / kLanes * loader::whole_vectors(job.height) + y;
       store(planes.first + at, first);
       store(planes.offsets + at, _mm512_sub_epi8(offsets, lowest_bytes(reinterpret_cast<__m512i>(first))));

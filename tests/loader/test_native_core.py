@@ -81,6 +81,23 @@ def test_other_tile_counts_and_sizes(config: AugmentConfig, tiles: int, height: 
     assert abs(result - oracle(pixels, table, border=border)).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [32, 31, 16])
+@pytest.mark.parametrize("stretch", [1.0, 1.9])
+def test_equals_the_oracle_at_every_angle(stretch: float, width: int, isa: str) -> None:
+    """How many rows a vector meets decides how it is made, and so do strong colours."""
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([np.arange(-30.0, 31.0), [1e-3, -1e-3, 7.6, 7.7, 15.4, 15.5, 23.5, 23.6, 45.0, 90.0, 180.0]])
+    tiles = rng.integers(0, 256, (len(angles), 1, 32, width, 3), dtype=np.uint8)
+    table = identity_table(len(angles), tiles=1)
+    table[:, 0, Column.ANGLE] = angles
+    for column in (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION):
+        table[:, 0, column] = stretch
+    table[:, 0, Column.FLIP] = rng.integers(0, 2, len(angles))
+    table[::3, 0, Column.SHIFT_X], table[::4, 0, Column.SHIFT_Y] = 9, -16
+    assert abs(run(tiles, table, isa=isa) - oracle(tiles, table)).max() < TOLERANCE
+
+
 @pytest.mark.parametrize(("border", "wrong"), [("zero", wrong) for wrong in WRONG] + [("reflect", wrong) for wrong in WRONG_BORDERS])
 def test_a_wrong_operation_would_be_noticed(wrong: str, border: str) -> None:
     tiles, table = random_case(FULL)
