@@ -45,7 +45,6 @@ JPEG_TOLERANCE = 8.0
 READING = "reading alone"
 READY_BATCHES = 16
 """100 MB at a batch size of 256: they do not stay in the cache."""
-LEVELS = ("portable", "avx2", "avx512")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +105,9 @@ def our_variants(*, cores: int) -> list[Ours]:
     variants: list[Ours] = []
     module = native().module
     if module is not None:
-        best = LEVELS.index("avx512" if module.isa() == "amx" else module.isa())
-        variants += [Ours(backend="native", isa=isa, threads=count) for isa in reversed(LEVELS[: best + 1]) for count in threads]
-        variants.append(Ours(backend="native", isa=LEVELS[best], threads=2, dtype=torch.bfloat16))
+        isas = list(reversed(module.loader_isas()))
+        variants += [Ours(backend="native", isa=isa, threads=count) for isa in isas for count in threads]
+        variants.append(Ours(backend="native", isa=isas[0], threads=2, dtype=torch.bfloat16))
     variants += [Ours(backend="twin", threads=2), Ours(backend="reference", threads=2)]
     if loader_room.dali_installed():
         variants.append(Ours(backend="dali", threads=2))

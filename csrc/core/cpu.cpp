@@ -67,6 +67,20 @@ Level best_level() {
   return level;
 }
 
+bool has_byte_lookup() {
+#if defined(PAIRCLIP_BUILT_vbmi)
+  static const bool found = [] {
+    const char* wanted = std::getenv("PAIRCLIP_ISA");
+    if (wanted != nullptr && std::strcmp(wanted, name(Level::avx512)) == 0) return false;
+    __builtin_cpu_init();
+    return best_level() >= Level::avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* name(Level level) { return kNames[static_cast<int>(level)]; }
 
 }  // namespace pairclip

@@ -13,4 +13,8 @@ Level best_level();
 
 const char* name(Level level);
 
+// Whether byte look-up and byte dot products (AVX-512 VBMI and VNNI: Ice Lake, Zen 4 and later) may be used beside
+// Level::avx512. PAIRCLIP_ISA=avx512 leaves them out.
+bool has_byte_lookup();
+
 }  // namespace pairclip

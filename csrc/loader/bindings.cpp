@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/cpu.h"
 #include "loader/crc32.h"
 #include "loader/filler.h"
 #include "loader/plan.h"
@@ -43,13 +42,6 @@ Encoding encoding_named(const std::string& name) {
   throw std::invalid_argument("no such encoding: " + name);
 }
 
-// The level called `name`; an empty name is the best one, and so is every level that this machine does not have.
-Level level_named(const std::string& name_wanted) {
-  for (const Level level : {Level::portable, Level::avx2, Level::avx512})
-    if (name_wanted == name(level)) return level;
-  return Level::amx;
-}
-
 // Records over arrays that it keeps alive (the mapped shards).
 struct MappedRecords {
   std::vector<Bytes> shards;
@@ -67,7 +59,7 @@ void map_records(MappedRecords* self, std::vector<Bytes> shards, const Numbers& 
 class PyFiller {
  public:
   PyFiller(const TileSettings& settings, int tiles, int threads, const std::string& isa)
-      : settings_(settings), tiles_(tiles), filler_(settings, tiles, threads, level_named(isa)) {}
+      : settings_(settings), tiles_(tiles), filler_(settings, tiles, threads, tile_kernel(isa)) {}
 
   Result fill_records(const MappedRecords& mapped, const Sources& sources, const Table& table,
                       const nb::ndarray<nb::c_contig>& out) {
@@ -145,6 +137,14 @@ void bind(nb::module_& module) {
       "ids"_a, "sources"_a, "table"_a, nb::kw_only(), "seed"_a, "epoch"_a, "stream_offset"_a, "height"_a, "width"_a,
       "rotate_degrees"_a, "brightness"_a, "contrast"_a, "saturation"_a, "flip_probability"_a, "shift_pixels"_a, "cutout_size"_a,
       "alternating_flip"_a);
+  module.def(
+      "loader_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const NamedKernel& each : tile_kernels()) names.emplace_back(each.name);
+        return names;
+      },
+      "Instruction sets that a Filler can have on this machine, slowest first.");
   nb::class_<MappedRecords>(module, "Records")
       .def("__init__", &map_records, "shards"_a, "starts"_a, "offsets"_a, "sizes"_a, "checksums"_a);
   nb::class_<PyFiller>(module, "Filler")

@@ -46,7 +46,7 @@ std::uint32_t update(std::uint32_t state, const std::uint8_t* data, std::size_t 
 #if defined(__x86_64__)
 // Folding (Gopal et al., "Fast CRC computation for generic polynomials using PCLMULQDQ", Intel, 2009): 64 bytes at a time are
 // replaced by a congruent block 64 bytes further on, in the end by 16 bytes, which the tables finish. The constants are
-// x^(512 +- 32) and x^(128 +- 32) modulo the polynomial, bit-reflected.
+// x^(512 +- 32) and x^(128 +- 32) (below: x^(2048 +- 32)) modulo the polynomial, bit-reflected.
 constexpr std::size_t kFoldFrom = 64;
 
 __attribute__((target("pclmul,sse4.1"))) inline __m128i fold(__m128i block, __m128i by, __m128i onto) {
@@ -73,9 +73,39 @@ __attribute__((target("pclmul,sse4.1"))) std::uint32_t update_folding(std::uint3
   return update(update(0, rest, sizeof rest), data, size);
 }
 
-bool can_fold() {
+// The same with registers four times as wide: 256 bytes at a time. What is left is a block that stands for all of them.
+constexpr std::size_t kFoldWideFrom = 1024;
+
+__attribute__((target("avx512f,vpclmulqdq"))) inline __m512i fold_wide(__m512i block, __m512i by, const std::uint8_t* onto) {
+  constexpr int kExclusiveOrOfThree = 0x96;
+  const __m512i low = _mm512_clmulepi64_epi128(block, by, 0x00), high = _mm512_clmulepi64_epi128(block, by, 0x11);
+  return _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(onto), kExclusiveOrOfThree);
+}
+
+__attribute__((target("avx512f,vpclmulqdq"))) std::uint32_t update_folding_wide(std::uint32_t state, const std::uint8_t* data,
+                                                                                std::size_t size) {
+  constexpr int kRegisters = 4;
+  constexpr std::size_t kWidth = 64, kStep = kRegisters * kWidth;
+  const __m512i by_256 = _mm512_set4_epi64(0x01322d1430, 0x011542778a, 0x01322d1430, 0x011542778a);
+  __m512i blocks[kRegisters];
+  for (int k = 0; k < kRegisters; ++k) blocks[k] = _mm512_loadu_si512(data + k * kWidth);
+  blocks[0] = _mm512_xor_si512(blocks[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+  data += kStep;
+  for (size -= kStep; size >= kStep; data += kStep, size -= kStep)
+    for (int k = 0; k < kRegisters; ++k) blocks[k] = fold_wide(blocks[k], by_256, data + k * kWidth);
+  std::uint8_t folded[kStep];
+  std::memcpy(folded, blocks, sizeof folded);
+  _mm256_zeroupper();  // GCC 12 leaves it out here, and the code below would drag the wide registers along
+  const std::uint32_t so_far = update_folding(0, folded, sizeof folded);
+  return size >= kFoldFrom ? update_folding(so_far, data, size) : update(so_far, data, size);
+}
+
+enum class Folding { none, narrow, wide };
+
+Folding folding_here() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+  if (!__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("sse4.1")) return Folding::none;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq") ? Folding::wide : Folding::narrow;
 }
 #endif
 
@@ -85,8 +115,9 @@ std::uint32_t crc32_portable(const std::uint8_t* data, std::size_t size) { retur
 
 std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
 #if defined(__x86_64__)
-  static const bool folding = can_fold();
-  if (folding && size >= kFoldFrom) return ~update_folding(~0u, data, size);
+  static const Folding folding = folding_here();
+  if (folding == Folding::wide && size >= kFoldWideFrom) return ~update_folding_wide(~0u, data, size);
+  if (folding != Folding::none && size >= kFoldFrom) return ~update_folding(~0u, data, size);
 #endif
   return crc32_portable(data, size);
 }

@@ -66,8 +66,8 @@ class Scratch {
 
 }  // namespace
 
-Filler::Filler(const TileSettings& settings, int tiles, int threads, Level level)
-    : settings_(settings), tiles_(tiles), threads_(threads), kernel_(tile_kernel(std::min(level, best_level()))) {
+Filler::Filler(const TileSettings& settings, int tiles, int threads, TileKernel kernel)
+    : settings_(settings), tiles_(tiles), threads_(threads), kernel_(kernel) {
   if (tiles < 1 || threads < 1 || settings.height < 1 || settings.width < 1)
     throw std::invalid_argument("sizes must be positive");
 }

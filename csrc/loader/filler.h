@@ -20,8 +20,8 @@ struct Outcome {
 
 class Filler {
  public:
-  // tiles: of a sample. level: at most best_level().
-  Filler(const TileSettings& settings, int tiles, int threads, Level level);
+  // tiles: of a sample.
+  Filler(const TileSettings& settings, int tiles, int threads, TileKernel kernel);
 
   // A batch from raw records (tile-major RGB bytes, checked against their checksums).
   //

@@ -13,13 +13,19 @@ constexpr float kLumaRed = 0.299f, kLumaGreen = 0.587f, kLumaBlue = 0.114f;  // 
 
 static_assert(kLanes <= loader::kMaxLanes);
 
-// Green is 256 times and blue 65536 times what it should be: a byte is masked out where it lies, not shifted down, and the
-// writer's factors make up for it. Powers of two, so nothing is lost.
+// In units of the kernel's own; the writer's factors make up for it.
 struct Pixels {
   Floats red, green, blue;
 };
 
-constexpr float kGreenScale = 0x1p-8f, kBlueScale = 0x1p-16f;
+// A value in 0..255 is scale times that in `Pixels`, plus bias.
+struct Units {
+  float scale[3], bias;
+};
+
+// Green is 256 times and blue 65536 times what it should be: a byte is masked out where it lies, not shifted down. Powers of
+// two, so nothing is lost.
+constexpr Units kMasked = {{1.0f, 0x1p-8f, 0x1p-16f}, 0.0f};
 
 PAIRCLIP_INLINE Pixels unpacked(Words words) {
   return {to_floats(words & 0xFFu), to_floats(words & 0xFF00u), to_floats(words & 0xFF0000u)};
@@ -33,7 +39,8 @@ constexpr std::size_t kCacheLine = 64;
 template <bool kBf16, bool kRecoloured>
 class Writer {
  public:
-  PAIRCLIP_INLINE Writer make(const TileJob& job) {
+  PAIRCLIP_INLINE Writer make(const TileJob& job, const Units& units = kMasked) {
+    constexpr float luma[3] = {kLumaRed, kLumaGreen, kLumaBlue};
     Writer writer;
     writer.pixels_ = static_cast<std::uint8_t*>(job.target.pixels);
     writer.row_ = job.target.row * kElement;
@@ -43,10 +50,11 @@ class Writer {
     writer.past_cache_ = places % kCacheLine == 0 && job.width % kLanes == 0;
     for (int c = 0; c < 3; ++c) {
       // high - low is the whole range of 255: without colour operations the gain is 1 / std and the offset -mean / std.
-      const float scale = c == 0 ? 1.0f : c == 1 ? kGreenScale : kBlueScale;
-      writer.gain_[c] = scale * (kRecoloured ? job.gain[c] : (job.high[c] - job.low[c]) * (1.0f / 255.0f));
-      writer.offset_[c] = kRecoloured ? job.offset[c] : job.low[c];
-      writer.grey_[c] = job.grey[c];
+      const float gain = kRecoloured ? job.gain[c] : (job.high[c] - job.low[c]) * (1.0f / 255.0f);
+      writer.gain_[c] = units.scale[c] * gain;
+      writer.grey_[c] = kRecoloured ? job.grey[c] : 0.0f;
+      writer.offset_[c] = (kRecoloured ? job.offset[c] : job.low[c]) + units.bias * (gain + writer.grey_[c]);
+      writer.luma_[c] = units.scale[c] * luma[c];
       writer.low_[c] = job.low[c];
       writer.high_[c] = job.high[c];
     }
@@ -57,8 +65,7 @@ class Writer {
   __attribute__((always_inline)) inline void write(const Pixels& pixels, int y, int x, int count) const {
     std::uint8_t* const to = pixels_ + y * row_ + static_cast<std::ptrdiff_t>(x) * kElement;
     Floats luma{};
-    if constexpr (kRecoloured)
-      luma = pixels.red * kLumaRed + (pixels.green * (kLumaGreen * kGreenScale) + pixels.blue * (kLumaBlue * kBlueScale));
+    if constexpr (kRecoloured) luma = pixels.red * luma_[0] + (pixels.green * luma_[1] + pixels.blue * luma_[2]);
     put(channel(pixels.red, luma, 0), to, count);
     put(channel(pixels.green, luma, 1), to + plane_, count);
     put(channel(pixels.blue, luma, 2), to + 2 * plane_, count);
@@ -82,19 +89,23 @@ class Writer {
   template <class Vector>
   __attribute__((always_inline)) inline void put_whole(Vector value, std::uint8_t* to, int count) const {
 #if defined(__AVX512F__)
+    const auto wanted = static_cast<__mmask16>((1u << count) - 1);
     if constexpr (sizeof(Vector) == kCacheLine)
-      if (past_cache_) return _mm512_stream_ps(reinterpret_cast<float*>(to), value);
-#endif
+      past_cache_ ? _mm512_stream_ps(reinterpret_cast<float*>(to), value) : _mm512_mask_storeu_ps(to, wanted, value);
+    else
+      _mm256_mask_storeu_epi16(to, wanted, reinterpret_cast<__m256i>(value));
+#else
     if (count == kLanes)
       store(to, value);
     else
       std::memcpy(to, &value, static_cast<std::size_t>(count) * kElement);
+#endif
   }
 
   std::uint8_t* pixels_;
   std::ptrdiff_t row_, plane_;
   bool past_cache_;
-  float gain_[3], grey_[3], offset_[3], low_[3], high_[3];
+  float gain_[3], grey_[3], offset_[3], luma_[3], low_[3], high_[3];
 };
 
 // One row of RGB bytes as words.

@@ -45,7 +45,8 @@ PAIRCLIP_INLINE void store(void* to, Vector value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-PAIRCLIP_INLINE Floats spread(float value) { return Floats{} + value; }
+// Minus zero: that is folded away, where plus would turn -0 into 0.
+PAIRCLIP_INLINE Floats spread(float value) { return value - Floats{}; }
 PAIRCLIP_INLINE Ints spread(int value) { return Ints{} + value; }
 
 // Where x is NaN the other argument is the result, so that no index is ever made from a NaN.

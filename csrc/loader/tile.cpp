@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/cpu.h"
 #include "loader/simd_width.h"
 
 namespace pairclip {
@@ -15,6 +16,9 @@ namespace avx2 {
 void augment_tile(const loader::TileJob& job, std::uint32_t* scratch);
 }
 namespace avx512 {
+void augment_tile(const loader::TileJob& job, std::uint32_t* scratch);
+}
+namespace vbmi {
 void augment_tile(const loader::TileJob& job, std::uint32_t* scratch);
 }
 
@@ -40,7 +44,9 @@ std::size_t scratch_words(int height, int width) {
   const std::size_t row = 5 * static_cast<std::size_t>(width) + 2 * kMaxLanes;
   const std::size_t rows =
       (static_cast<std::size_t>(height) + 2) * kRowWords + 3 * static_cast<std::size_t>(height) + 3 * kMaxLanes;
-  return std::max({padded, row, rows});
+  const std::size_t planes = 3 * static_cast<std::size_t>(plane_bytes(height)) / sizeof(std::uint32_t) +
+                             (2 + 2 * kRowWords / kMaxLanes) * static_cast<std::size_t>(whole_vectors(height));
+  return std::max({padded, row, rows, planes});
 }
 
 TileJob resolve(const TileSettings& settings, const TileSource& source, const TileTarget& target, const float* row) {
@@ -86,15 +92,27 @@ void cut_out(const TileSettings& settings, const TileTarget& target, const float
       std::memset(bytes + (c * target.plane + line * target.row + left) * element, 0, (right - left) * element);
 }
 
-TileKernel tile_kernel(Level level) {
-#if defined(PAIRCLIP_BUILT_avx512)
-  if (level >= Level::avx512) return avx512::augment_tile;
-#endif
-#if defined(PAIRCLIP_BUILT_avx2)
-  if (level >= Level::avx2) return avx2::augment_tile;
-#endif
+std::vector<NamedKernel> tile_kernels() {
+  std::vector<NamedKernel> kernels{{name(Level::portable), portable::augment_tile}};
+  const Level level = best_level();
   static_cast<void>(level);
-  return portable::augment_tile;
+#if defined(PAIRCLIP_BUILT_avx2)
+  if (level >= Level::avx2) kernels.push_back({name(Level::avx2), avx2::augment_tile});
+#endif
+#if defined(PAIRCLIP_BUILT_avx512)
+  if (level >= Level::avx512) kernels.push_back({name(Level::avx512), avx512::augment_tile});
+#endif
+#if defined(PAIRCLIP_BUILT_vbmi)
+  if (has_byte_lookup()) kernels.push_back({"avx512_vbmi", vbmi::augment_tile});
+#endif
+  return kernels;
+}
+
+TileKernel tile_kernel(const std::string& name_wanted) {
+  const std::vector<NamedKernel> kernels = tile_kernels();
+  for (const NamedKernel& each : kernels)
+    if (name_wanted == each.name) return each.kernel;
+  return kernels.back().kernel;
 }
 
 }  // namespace loader

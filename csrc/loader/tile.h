@@ -7,8 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
-
-#include "core/cpu.h"
+#include <string>
+#include <vector>
 
 namespace pairclip::loader {
 
@@ -65,7 +65,15 @@ TileJob resolve(const TileSettings& settings, const TileSource& source, const Ti
 // Zeroes the square of `row` in the finished tile.
 void cut_out(const TileSettings& settings, const TileTarget& target, const float* row);
 
-// The kernel for an instruction set; a level without one of its own takes that below.
-TileKernel tile_kernel(Level level);
+// The kernels that this machine can run, by the names of their instruction sets, slowest first.
+struct NamedKernel {
+  const char* name;
+  TileKernel kernel;
+};
+
+std::vector<NamedKernel> tile_kernels();
+
+// The kernel called `name`; the fastest if the name is empty or not among them.
+TileKernel tile_kernel(const std::string& name);
 
 }  // namespace pairclip::loader

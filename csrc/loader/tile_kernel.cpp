@@ -4,6 +4,9 @@
 #if defined(__AVX512F__)
 #include "loader/rotate_rows.h"
 #endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#include "loader/rotate_bytes.h"
+#endif
 
 namespace pairclip::PAIRCLIP_VARIANT {
 namespace {
@@ -109,6 +112,9 @@ template <bool kBf16, bool kRecoloured>
 void augment(const TileJob& job, std::uint32_t* scratch) {
   constexpr int kCommonSide = 32;
   if (!job.rotated) return shift<kBf16, kRecoloured>(job, scratch);
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+  if (job.width <= loader::kRowWords && job.border == Border::zero && rotate_bytes<kBf16, kRecoloured>(job, scratch)) return;
+#endif
 #if defined(__AVX512F__)
   if (job.width <= loader::kRowWords) return rotate_rows<kBf16, kRecoloured>(job, scratch);
 #endif

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.skipif(native().module is None, reason=native().reason)
 CORE: Any = native().module
 TOLERANCE = 0.02
 """In units of the 0..255 scale."""
-LEVELS = ("portable", "avx2", "avx512")
-ISAS = LEVELS[: LEVELS.index(CORE.isa().replace("amx", "avx512")) + 1] if CORE else ()
+ISAS = tuple(CORE.loader_isas()) if CORE else ()
 
 
 def make_filler(shape: tuple[int, ...], *, border: str = "zero", isa: str = "", threads: int = 1, bf16: bool = False) -> Any:
@@ -80,6 +79,23 @@ def test_other_tile_counts_and_sizes(config: AugmentConfig, tiles: int, height: 
     result = run(pixels, table, border=border, isa=isa)
     assert result.shape == (4, height, tiles * width, 3)
     assert abs(result - oracle(pixels, table, border=border)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [32, 31, 16])
+@pytest.mark.parametrize("stretch", [1.0, 1.9])
+def test_equals_the_oracle_at_every_angle(stretch: float, width: int, isa: str) -> None:
+    """How many rows a vector meets decides how it is made, and so do strong colours."""
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([np.arange(-30.0, 31.0), [1e-3, -1e-3, 7.6, 7.7, 15.4, 15.5, 23.5, 23.6, 45.0, 90.0, 180.0]])
+    tiles = rng.integers(0, 256, (len(angles), 1, 32, width, 3), dtype=np.uint8)
+    table = identity_table(len(angles), tiles=1)
+    table[:, 0, Column.ANGLE] = angles
+    for column in (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION):
+        table[:, 0, column] = stretch
+    table[:, 0, Column.FLIP] = rng.integers(0, 2, len(angles))
+    table[::3, 0, Column.SHIFT_X], table[::4, 0, Column.SHIFT_Y] = 9, -16
+    assert abs(run(tiles, table, isa=isa) - oracle(tiles, table)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("border", "wrong"), [("zero", wrong) for wrong in WRONG] + [("reflect", wrong) for wrong in WRONG_BORDERS])
@@ -186,6 +202,12 @@ def test_tables_are_numpys_bit_by_bit(
 def test_orders_are_numpys_number_by_number(count: int, seed: int, epoch: int, tile: int) -> None:
     options: dict[str, Any] = {"seed": seed, "epoch": epoch, "tile": tile, "stream": Stream.PAIRING}
     assert np.array_equal(keyed_permutation(count, **options), keyed_permutation_in_numpy(count, **options))
+
+
+@pytest.mark.parametrize("size", [1023, 1024, 1279, 1280, 1300, 2048, 6144, 6145, 6200, 6399, 10_000])
+def test_checksums_of_whole_records_are_zlibs(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert CORE.crc32(data) == CORE.crc32_portable(data) == zlib.crc32(data.tobytes())
 
 
 @given(st.binary(max_size=700), st.integers(0, 63))

@@ -29,7 +29,7 @@ class NativeExecutor:
         augment: For the border; the rest of the augmentation comes with each batch.
         device: Where the batches are wanted.
         num_threads: Threads that fill a batch.
-        isa: Instruction set (portable, avx2, avx512), if not the best one of this machine.
+        isa: Instruction set (portable, avx2, avx512, avx512_vbmi), if not the best one of this machine.
         dtype: float32 or bfloat16.
     """
 
