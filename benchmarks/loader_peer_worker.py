@@ -174,7 +174,8 @@ def measure(name: str, make: Callable[[Any, Path, int], Batches], pixels: Any, r
             while time.perf_counter() - started < SECONDS:
                 batch = next(batches)
                 batch = normalised(batch) if rung == "normalise" else batch
-                batch.reshape(len(batch), -1)[:, ::16].sum()
+                values = batch.numpy() if hasattr(batch, "numpy") else batch  # one thread: torch's others would spin, and be counted
+                values.reshape(len(values), -1)[:, ::16].sum()
                 pairs += len(batch)
             turns.append(((time.perf_counter() - started) / pairs, (time.process_time() - cpu) / pairs))
         close = getattr(batches, "close", None)
