@@ -110,10 +110,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
     _, direction = output
     ctx.save_for_backward(emb, scale, direction)
     ctx.mark_non_differentiable(direction)
+    ctx.set_materialize_grads(False)  # or the direction's gradient, which does not exist, would be a [B, D] of zeros
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """d row_i / d e_i = scale direction_i; d row_i / d scale = e_i . direction_i (no second pass over the bank)."""
+    if grad is None:
+        return None, None
     emb, scale, direction = ctx.saved_tensors
     grad_scale = (grad * _row_dots(emb, direction, direction.dtype)).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
     return (_scaled_rows(direction, grad * scale, emb.dtype) if ctx.needs_input_grad[0] else None), grad_scale
@@ -128,14 +131,14 @@ def _scaled_rows(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @once_differentiable
-def _softmax_backward(ctx: Any, grad_lse: Tensor, _grad_mean: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+def _softmax_backward(ctx: Any, grad_lse: Tensor | None, _grad_mean: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
     grad_emb, grad_scale = _gradients(ctx, grad_lse)
     return grad_emb, None, grad_scale
 
 
 @once_differentiable
 def _cross_entropy_backward(
-    ctx: Any, grad_rows: Tensor, _grad_difference: Tensor | None
+    ctx: Any, grad_rows: Tensor | None, _grad_difference: Tensor | None
 ) -> tuple[Tensor | None, None, Tensor | None, None]:
     grad_emb, grad_scale = _gradients(ctx, grad_rows)
     return grad_emb, None, grad_scale, None
