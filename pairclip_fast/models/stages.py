@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
+from pairclip_fast.models.convolution import Conv3x3
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to a normalisation over them."""
@@ -28,7 +29,7 @@ class Halving(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, activation: Activation, norm: Norm) -> None:
         super().__init__()
-        self.widen = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.widen = Conv3x3(inputs, outputs)
         self.norm1 = norm(outputs)
         self.activation = ACTIVATIONS[activation]()
 
@@ -42,7 +43,7 @@ class Stage(Halving):
 
     def __init__(self, inputs: int, outputs: int, *, activation: Activation, norm: Norm) -> None:
         super().__init__(inputs, outputs, activation=activation, norm=norm)
-        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.refine = Conv3x3(outputs, outputs)
         self.norm2 = norm(outputs)
 
     def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:

@@ -1,0 +1,85 @@
+"""The convolution's own weight gradient against the definition in float64, and when it is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pairclip_fast.models import convolution
+from pairclip_fast.models.convolution import Conv3x3, weight_gradient
+
+SHAPES = [(1, 64, 1, 1, 1), (3, 70, 5, 3, 3), (5, 64, 96, 7, 7), (9, 80, 16, 4, 8), (2, 64, 64, 8, 8)]
+"""Pictures, input and output channels, height, width."""
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(pixels: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of pixels and weight in float64."""
+    pixels, weight = pixels.double().requires_grad_(), weight.double().requires_grad_()
+    return torch.autograd.grad(F.conv2d(pixels, weight, padding=1), (pixels, weight), gradient.double())
+
+
+def check(pixels: Tensor, gradient: Tensor, found: Tensor) -> None:
+    weight = torch.zeros(gradient.shape[1], pixels.shape[1], 3, 3)
+    torch.testing.assert_close(found.double(), exact(pixels, weight, gradient)[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels last"])
+@pytest.mark.parametrize("at_once", [1, 2**13, 2**22])
+def test_weight_gradient(shape: tuple[int, ...], layout: torch.memory_format, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, inputs, outputs, height, width = shape
+    monkeypatch.setattr(convolution, "NEIGHBOURHOODS", at_once)
+    pixels = drawn(batch, inputs, height, width, seed=0).contiguous(memory_format=layout)
+    gradient = drawn(batch, outputs, height, width, seed=1).contiguous(memory_format=layout)
+    check(pixels, gradient, weight_gradient(pixels, gradient))
+
+
+@pytest.mark.parametrize("fault", ["turned filters", "a picture missing", "no border"])
+def test_a_wrong_weight_gradient_is_caught(fault: str) -> None:
+    pixels, gradient = drawn(3, 64, 5, 5, seed=0), drawn(3, 8, 5, 5, seed=1)
+    found = weight_gradient(pixels, gradient)
+    if fault == "turned filters":
+        found = found.flip(2, 3)
+    elif fault == "a picture missing":
+        found = weight_gradient(pixels[:2], gradient[:2])
+    else:
+        inner = torch.zeros_like(gradient)
+        inner[:, :, 1:-1, 1:-1] = gradient[:, :, 1:-1, 1:-1]
+        found = weight_gradient(pixels, inner)
+    with pytest.raises(AssertionError):
+        check(pixels, gradient, found)
+
+
+def test_under_autocast_it_is_as_near_as_the_librarys() -> None:
+    layer, pixels, gradient = Conv3x3(64, 32), drawn(6, 64, 7, 7, seed=0), drawn(6, 32, 7, 7, seed=1)
+    plain = torch.nn.Conv2d(64, 32, 3, padding=1, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    wanted = exact(pixels, layer.weight.detach(), gradient)
+    errors = []
+    for module in (layer, plain):
+        taken = pixels.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = module(taken)
+        assert result.dtype == torch.bfloat16
+        assert (type(result.grad_fn).__name__ == "_ConvolutionBackward") == (module is layer)
+        found = torch.autograd.grad(result, (taken, module.weight), gradient.bfloat16())
+        assert found[1].dtype == torch.float32
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)])
+    assert all(own <= 1.1 * library for own, library in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("reason", ["float32", "no gradient", "large picture", "few channels", "frozen"])
+def test_else_the_library_does_it(reason: str) -> None:
+    layer = Conv3x3(8 if reason == "few channels" else 64, 8)
+    layer.weight.requires_grad_(reason != "frozen")
+    side = 9 if reason == "large picture" else 5
+    pixels = drawn(2, layer.in_channels, side, side, seed=0).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason != "float32"), torch.set_grad_enabled(reason != "no gradient"):
+        result = layer(pixels)
+    assert type(result.grad_fn).__name__ != "_ConvolutionBackward"
