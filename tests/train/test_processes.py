@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.telemetry import timing
@@ -67,7 +68,8 @@ def logged(run: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(data_template: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, dict[str, Any]]:
-    """The tiny run in this process, uninterrupted."""
+    """The tiny run in this process, uninterrupted; on one thread as the others, whatever the test before this module left."""
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole-processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)

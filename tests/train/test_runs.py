@@ -80,7 +80,8 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def whole(data_template: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, dict[str, Any]]:
-    """Folder and result of the tiny run, uninterrupted."""
+    """Folder and result of the tiny run, uninterrupted; on one thread as every test, for this comes before the fixture that sees to it."""
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
