@@ -148,6 +148,7 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
         train_step(trainee, noise(parts, 2), step=0)  # whatever is loaded with the first step
         for pairs in TRIAL_PAIRS:
             trainee.optimizer.zero_grad(set_to_none=True)
+            tower.drop_free_workspaces()  # of the size before
             placement.forget_memory_peak()
             for step in range(TRIAL_STEPS):
                 train_step(trainee, noise(parts, pairs), step=step)

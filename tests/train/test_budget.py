@@ -132,6 +132,21 @@ def test_recomputed_pieces_are_the_same_training(
         assert torch.allclose(mine, theirs, atol=2e-5)
 
 
+def test_a_trial_weighs_no_workspace_of_the_size_before(
+    data: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count twice in the slope: 4 GiB were then said to be too little for what took 2.1."""
+    monkeypatch.chdir(tmp_path)
+    config = choose(TrainOptions(data=data, out=tmp_path / "run", config=write_config(tmp_path))).config
+    happened: list[str] = []
+    monkeypatch.setattr(budget.tower, "drop_free_workspaces", lambda: happened.append("dropped"))
+    monkeypatch.setattr(budget, "train_step", lambda _trainee, batch, **_: happened.append(f"{len(batch.valid)} pairs"))
+    quiet = EventLog(None, console=False)
+    next(budget.predictions(config, data=data, manifest=read_manifest(data), run=tmp_path / "run", events=quiet))
+    sizes = [happened[i + 1] for i in range(len(happened) - 1) if happened[i] == "dropped"]
+    assert sizes == [f"{pairs} pairs" for pairs in budget.TRIAL_PAIRS]
+
+
 @pytest.mark.timeout(180)
 def test_the_prediction_holds_on_this_cpu(
     data: Path, tmp_path: Path, write_config: Callable[..., Path], train_alone: Callable[..., str]
