@@ -54,23 +54,18 @@ inline Vec floats_of(Ints v) { return reinterpret_cast<Vec>(v); }
 
 // high(a, b): the larger; b where either is NaN.
 // fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c, rounded once where the processor can.
-// greater, equal, not_less_equal: a bit per lane; the last is true where either is NaN. bits(truth): a bit per lane of what is
-// 0 or -1.
+// not_less_equal(a, b): a bit per lane; true where either is NaN. bits(truth): a bit per lane of what is 0 or -1.
 #if defined(__AVX512F__)
 inline Vec high(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
-inline unsigned greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-inline unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline unsigned bits(Ints truth) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth)); }
 #elif defined(__AVX2__)
 inline Vec high(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 inline unsigned not_less_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
-inline unsigned greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-inline unsigned equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline unsigned bits(Ints truth) { return _mm256_movemask_ps(reinterpret_cast<__m256>(truth)); }
 #else
 inline unsigned bits(Ints truth) {
@@ -82,27 +77,7 @@ inline Vec high(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
 inline unsigned not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
-inline unsigned greater(Vec a, Vec b) { return bits(a > b); }
-inline unsigned equal(Vec a, Vec b) { return bits(a == b); }
 #endif
-
-// counts + addend in the lanes where a > b, or a == b.
-inline Ints add_where_greater(Ints counts, Vec a, Vec b, Ints addend) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Ints>(_mm512_mask_add_epi32(reinterpret_cast<__m512i>(counts), greater(a, b),
-                                                      reinterpret_cast<__m512i>(counts), reinterpret_cast<__m512i>(addend)));
-#else
-  return counts + ((a > b) & addend);
-#endif
-}
-inline Ints add_where_equal(Ints counts, Vec a, Vec b, Ints addend) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Ints>(_mm512_mask_add_epi32(reinterpret_cast<__m512i>(counts), equal(a, b),
-                                                      reinterpret_cast<__m512i>(counts), reinterpret_cast<__m512i>(addend)));
-#else
-  return counts + ((a == b) & addend);
-#endif
-}
 
 // Whether any a is above b, or either NaN.
 template <int Count>

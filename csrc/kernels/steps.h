@@ -31,8 +31,8 @@ template <class Row>
   Ints found = counts;
 #pragma GCC unroll 8
   for (int v = 0; v < Row::kCount; ++v) {
-    found = add_where_greater(found, scores.vectors[v], bound, scores.is_live(v) & 1);
-    found = add_where_equal(found, scores.vectors[v], bound, scores.is_live(v) & 0x10000);
+    found = scores.vectors[v] > bound ? found + (scores.is_live(v) & 1) : found;
+    found = scores.vectors[v] == bound ? found + (scores.is_live(v) & 0x10000) : found;
   }
   counts = found;
 }
