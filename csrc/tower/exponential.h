@@ -6,9 +6,7 @@
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 
-constexpr float kLog4E = 0x1.715476p-1f;
-
 // For x <= 88; relative error about |x| * 2^-24, from rounding the product. Denormal results are zero between `begin` and `end`.
-inline Vec exponential(Vec x) { return power_of_four(x * kLog4E); }
+inline Vec exponential(Vec x) { return power_of_four(x * kernels::kLog4E); }
 
 }  // namespace pairclip::tower::PAIRCLIP_VARIANT

@@ -33,26 +33,13 @@ inline void write_row(float* to, const Row& row) {
 }
 
 inline Row read_row(const bf16* from) {
-  typedef bf16 Narrow __attribute__((vector_size(2 * kLanes)));
   Row row;
 #pragma GCC unroll 8
-  for (int i = 0; i < kVecs; ++i) {
-    Narrow narrow;
-    std::memcpy(&narrow, from + i * kLanes, sizeof narrow);
-    row.part[i] = floats_of(__builtin_convertvector(narrow, Ints) << 16);
-  }
+  for (int i = 0; i < kVecs; ++i) row.part[i] = widened(from + i * kLanes);
   return row;
 }
 
-// Rounds to nearest, ties to even.
-inline void write_row(bf16* to, const Row& row) {
-#if defined(__AVX512BF16__)
-  const __m512bh narrow = _mm512_cvtne2ps_pbh(row.part[1], row.part[0]);
-  std::memcpy(to, &narrow, sizeof narrow);
-#else
-  for (int i = 0; i < kBlock; ++i) to[i] = narrowed(row.part[i / kLanes][i % kLanes]);
-#endif
-}
+inline void write_row(bf16* to, const Row& row) { narrow(row.part, to); }
 
 template <class Of>
 inline Row each(Of of) {
