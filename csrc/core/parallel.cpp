@@ -102,4 +102,9 @@ void ThreadPool::run(int threads, std::int64_t tasks, const std::function<void(s
   if (state.error) std::rethrow_exception(state.error);
 }
 
+ThreadPool& ThreadPool::shared() {
+  static ThreadPool threads;
+  return threads;
+}
+
 }  // namespace pairclip

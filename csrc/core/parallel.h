@@ -25,6 +25,9 @@ class ThreadPool {
   // A pool inherited through fork() starts threads of its own in the child.
   void run(int threads, std::int64_t tasks, const std::function<void(std::int64_t task, int worker)>& body);
 
+  // The pool of what computes for its caller: bank operations and tower, which take turns. (The loader works beside them.)
+  static ThreadPool& shared();
+
  private:
   struct State;
   std::unique_ptr<State> state_;

@@ -2,12 +2,9 @@
 
 #include <unistd.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 
 namespace pairclip::kernels {
@@ -22,11 +19,6 @@ std::size_t cache_bytes() {
   if (found > 0) return static_cast<std::size_t>(found);
 #endif
   return kTypical;
-}
-
-ThreadPool& pool() {
-  static ThreadPool threads;
-  return threads;
 }
 
 std::int64_t divided(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -50,13 +42,11 @@ void require(bool representable) {
 }  // namespace
 
 Buffer::Buffer(std::size_t bytes) {
-  constexpr std::size_t kLine = 64, kHugePage = 2u << 20;
+  constexpr std::size_t kLine = 64;
   const std::size_t step = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + step - 1) / step * step;
   data_.reset(static_cast<char*>(std::aligned_alloc(step, size)));
   if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  if (step == kHugePage) madvise(data_.get(), size, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(data_.get(), size);
 }
 
 Stream::Stream(const Engine& engine, const Matrix& emb, std::int64_t begin, std::int64_t end, const Matrix& bank, int threads)
@@ -69,7 +59,7 @@ Stream::Stream(const Engine& engine, const Matrix& emb, std::int64_t begin, std:
       threads_(threads),
       queries_(blocks_ * engine.query_bytes(emb.depth)) {
   const std::size_t bytes = engine.query_bytes(emb.depth);
-  pool().run(threads_, blocks_, [&](std::int64_t block, int) {
+  ThreadPool::shared().run(threads_, blocks_, [&](std::int64_t block, int) {
     std::vector<const void*> rows(rows_of(block));
     for (std::size_t r = 0; r < rows.size(); ++r) rows[r] = emb_.row(begin_ + block * engine_.rows + r);
     require(engine_.pack_queries(rows.data(), static_cast<int>(rows.size()), emb_.type, emb_.depth, queries_.at(block * bytes)));
@@ -101,11 +91,11 @@ void Stream::run(bool with_values, const Visit& visit) const {
   const Buffer packed(chunk * tile_bytes), scores(threads_ * score_bytes);
   for (std::int64_t begin = 0; begin < tiles; begin += chunk) {
     const std::int64_t count = std::min(chunk, tiles - begin);
-    pool().run(threads_, count, [&](std::int64_t tile, int) {
+    ThreadPool::shared().run(threads_, count, [&](std::int64_t tile, int) {
       char* to = packed.at(tile * tile_bytes);
       pack_tile(begin + tile, to, with_values ? to + key_bytes : nullptr);
     });
-    pool().run(threads_, divided(blocks_, group), [&](std::int64_t task, int worker) {
+    ThreadPool::shared().run(threads_, divided(blocks_, group), [&](std::int64_t task, int worker) {
       const Session session(engine_);
       const std::int64_t end = std::min(blocks_, (task + 1) * group);
       for (std::int64_t tile = 0; tile < count; ++tile) {
@@ -130,7 +120,7 @@ void Stream::run(bool with_values, const Visit& visit) const {
 }
 
 void Stream::for_blocks(const std::function<void(std::int64_t row, int count)>& visit) const {
-  pool().run(threads_, blocks_, [&](std::int64_t block, int) { visit(block * engine_.rows, rows_of(block)); });
+  ThreadPool::shared().run(threads_, blocks_, [&](std::int64_t block, int) { visit(block * engine_.rows, rows_of(block)); });
 }
 
 void Stream::run_chosen(const Chosen& chosen, const VisitChosen& visit) const {
@@ -138,7 +128,7 @@ void Stream::run_chosen(const Chosen& chosen, const VisitChosen& visit) const {
   const std::size_t query_bytes = engine_.query_bytes(depth), key_bytes = engine_.key_bytes(depth);
   const std::size_t score_bytes = sizeof(float) * engine_.rows * engine_.tile;
   const Buffer keys(threads_ * key_bytes), scores(threads_ * score_bytes);
-  pool().run(threads_, blocks_, [&](std::int64_t block, int worker) {
+  ThreadPool::shared().run(threads_, blocks_, [&](std::int64_t block, int worker) {
     const Session session(engine_);
     const std::int64_t first_row = block * engine_.rows;
     const int count = rows_of(block);

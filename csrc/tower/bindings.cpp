@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 
+#include "core/huge_pages.h"
 #include "tower/tower.h"
 
 namespace nb = nanobind;
@@ -75,7 +76,7 @@ void bind(nb::module_& module) {
           nb::arg("depth"), nb::arg("pre_norm"), nb::arg("activation"));
   module.def("engines", engine_names, "Names that the passes take as their engine, best last.");
   module.def("workspace_bytes", workspace_bytes, "Bytes that a pass works in.");
-  module.def("prefer_huge_pages", [](Bytes memory) { prefer_huge_pages(reinterpret_cast<char*>(memory.data()), memory.size()); });
+  module.def("prefer_huge_pages", [](Bytes memory) { prefer_huge_pages(memory.data(), memory.size()); });
   module.def("forward", [](const std::string& name, int threads, const Shape& shape, Bytes memory, ReadFloats tokens,
                            const std::vector<ReadFloats>& parameters, Floats result) {
     const auto given = pointers<const float*>(shape, parameters);

@@ -1,9 +1,5 @@
 #include "tower/tower.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <functional>
 #include <stdexcept>
@@ -15,11 +11,6 @@ namespace pairclip::tower {
 namespace {
 
 constexpr int kAttentionTasks = 8;  // per thread: even work at the end, and few enough to cost nothing
-
-ThreadPool& pool() {
-  static ThreadPool threads;
-  return threads;
-}
 
 int divided(int a, int b) { return (a + b - 1) / b; }
 
@@ -35,7 +26,7 @@ class Run {
   }
 
   void operator()() {
-    pool().run(threads_, total_, [this](std::int64_t task, int worker) {
+    ThreadPool::shared().run(threads_, total_, [this](std::int64_t task, int worker) {
       auto kind = kinds_.rbegin();
       while (task < kind->first) ++kind;
       engine_.begin();
@@ -147,17 +138,6 @@ void backward(const Engine& engine, const Pass& pass, int threads) {
   Run norms(engine, pass, threads);
   norms.add(2 * shape.depth, [&](int task, const Scratch&) { engine.norm_gradient(pass, task / 2, task % 2); });
   norms();
-}
-
-void prefer_huge_pages(char* memory, std::size_t bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kHugePage = 2u << 20;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage,
-                       end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  static_cast<void>(memory), static_cast<void>(bytes);
-#endif
 }
 
 }  // namespace pairclip::tower

@@ -20,7 +20,4 @@ void forward(const Engine& engine, const Pass& pass, int threads);
 // Once per forward pass, since gradients replace activations. Overwrites `gradients`.
 void backward(const Engine& engine, const Pass& pass, int threads);
 
-// Ask the system for huge pages, which spares most page faults and address translations. A hint.
-void prefer_huge_pages(char* memory, std::size_t bytes);
-
 }  // namespace pairclip::tower
