@@ -11,7 +11,7 @@ namespace pairclip::kernels {
 namespace {
 
 // Half of a core's second-level cache holds packed bank, a quarter a group's queries and, where there is one, its mean. The next
-// cache is slow on servers: with a chunk as large as the second-level cache itself a product took half as long again.
+// cache is slow on servers: with a chunk as large as the second-level cache itself ranks took a fifth longer.
 std::size_t cache_bytes() {
   constexpr long kTypical = 1 << 20;
 #if defined(_SC_LEVEL2_CACHE_SIZE)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from pairclip_fast.models.precision import trains_in_bfloat16
+
 MOST_PIXELS = 64
 """Of a picture, for which the own gradient wins."""
 LEAST_CHANNELS = 64
@@ -56,14 +58,10 @@ def weight_gradient(
 
 def _own_gradient_wins(pixels: Tensor, weight: Tensor) -> bool:
     return (
-        pixels.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and torch.is_grad_enabled()
+        trains_in_bfloat16(pixels)
         and weight.requires_grad
         and pixels.shape[2] * pixels.shape[3] <= MOST_PIXELS
         and pixels.shape[1] >= LEAST_CHANNELS
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pairclip_fast.models.blocks import ACTIVATIONS, Block
+from pairclip_fast.models.precision import trains_in_bfloat16
 from pairclip_fast.native import native
 
 ENGINE = "amx"
@@ -95,11 +96,7 @@ def why_not_here() -> str | None:
 def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
     """Whether `run` is for this forward pass: training under bfloat16 autocast on this CPU, sizes and layout covered."""
     return (
-        tokens.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
+        trains_in_bfloat16(tokens)
         and tokens.dtype in (torch.float32, torch.bfloat16)
         and tokens.numel() > 0
         and why_not_here() is None

@@ -1,0 +1,17 @@
+"""When a forward pass is one that bfloat16 code of our own may train."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def trains_in_bfloat16(inputs: Tensor) -> bool:
+    """Whether `inputs` enter a training pass under bfloat16 autocast on a CPU, and not into `torch.compile`."""
+    return (
+        inputs.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
