@@ -35,7 +35,7 @@ MEANINGS: dict[Phase, str] = {
 }
 BACKGROUND = "load and augment"
 """The loader's own thread; its time passes beside the phases and is no part of their sum."""
-MEMORY_ITEMS = ("process", "model", "loader", "activations", "gradients", "optimizer")
+MEMORY_ITEMS = ("process", "model", "loader", "loader's pools", "activations", "gradients", "optimizer")
 ROWS_LIMIT = 20
 
 

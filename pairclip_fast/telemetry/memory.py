@@ -27,6 +27,8 @@ class MemoryReading:
     """Held from the system: resident memory, or the caching allocator's pool."""
     peak: int | None
     """Most that was held since the last reset: resident on the host, reserved on a GPU."""
+    outside: int | None = None
+    """Of a GPU, what torch's pool does not hold: contexts, pools of other libraries, other programs."""
 
 
 class _Mallinfo(ctypes.Structure):

@@ -3,6 +3,10 @@
 Weights, gradients, optimizer state, caption bank and batches are counted exactly from the tensors; activations from what
 autograd keeps. Beside each stands the growth that the allocator reports for its phase of the first step. The same ledger
 serves a CPU and a GPU: only the reading differs. A value that could not be read is None and printed as an empty cell.
+
+DALI tells the size of its buffers only with `exec_dynamic=False` (its documentation of `executor_statistics`), whose batches
+one would have to copy. They are measured instead: on a CPU they are in the growth of the loader beyond what is counted; on a
+GPU they are what the device holds outside of torch's pool since the loader started.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from pairclip_fast.telemetry.time_ledger import Phase
 
 Point = Literal["start", "model", "ready", "copy", "loss", "backward", "optimizer", "training", "evaluation"]
 """Moments at which memory is read: before the model, with it, before the first step, then within it, and after an epoch."""
-Item = Literal["process", "model", "loader", "activations", "gradients", "optimizer"]
+Item = Literal["process", "model", "loader", "loader's pools", "activations", "gradients", "optimizer"]
 SPANS: Mapping[Item, tuple[Point, Point]] = {
     "model": ("start", "model"),
     "loader": ("ready", "copy"),
@@ -80,6 +84,8 @@ class MemoryLedger:
             if after in self.points:
                 measured = growth(self.points.get(before), self.points[after])
                 rows.append(MemoryRow(item=item, counted=counted.get(item), measured=measured))
+                if item == "loader" and (pools := growth_outside(self.points.get(before), self.points[after])) is not None:
+                    rows.append(MemoryRow(item="loader's pools", counted=None, measured=pools))
         return rows
 
     def to_json(self, counted: Mapping[str, int | None]) -> dict[str, Any]:
@@ -111,6 +117,13 @@ def growth(before: MemoryReading | None, after: MemoryReading) -> int | None:
     if before is None or before.allocated is None or after.allocated is None:
         return None
     return after.allocated - before.allocated
+
+
+def growth_outside(before: MemoryReading | None, after: MemoryReading) -> int | None:
+    """Of what a GPU holds beside torch's pool, between two readings; None on a host."""
+    if before is None or before.outside is None or after.outside is None:
+        return None
+    return after.outside - before.outside
 
 
 def explained_peak(held: int | None, counted: Mapping[str, int | None]) -> int | None:

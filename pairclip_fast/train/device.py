@@ -83,10 +83,13 @@ class Placement:
         if not self.is_cuda:
             return host_reading()
         self.synchronise()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
         return MemoryReading(
             allocated=torch.cuda.memory_allocated(self.device),
-            reserved=torch.cuda.memory_reserved(self.device),
+            reserved=reserved,
             peak=torch.cuda.max_memory_reserved(self.device),
+            outside=total - free - reserved,
         )
 
     def give_back(self) -> None:

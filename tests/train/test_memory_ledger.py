@@ -16,6 +16,7 @@ from pairclip_fast.telemetry import memory
 from pairclip_fast.telemetry.memory import GIB, MemoryReading, host_memory, host_pss, host_reading
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger, explained_peak
 from pairclip_fast.train.accounting import optimizer_bytes, tensors_of, unique_bytes
+from pairclip_fast.train.device import Placement
 from pairclip_fast.train.optimizer import build_optimizer
 
 MIB = 2**20
@@ -27,13 +28,14 @@ class Readings:
 
     def __init__(self) -> None:
         self.allocated: int | None = 0
+        self.outside: int | None = None
         self.peak = 0
         self.forgotten = 0
 
     def read(self) -> MemoryReading:
         if self.allocated is not None:
             self.peak = max(self.peak, self.allocated)
-        return MemoryReading(allocated=self.allocated, reserved=self.allocated, peak=self.peak)
+        return MemoryReading(allocated=self.allocated, reserved=self.allocated, peak=self.peak, outside=self.outside)
 
     def forget(self) -> None:
         self.forgotten += 1
@@ -77,6 +79,25 @@ def test_rows_are_the_growth_of_the_first_step() -> None:
     told = ledger.to_json(SIZES)
     assert told["explained_gib"] * GIB == 40 + 100 + 7 + 180 + 500
     assert told["unexplained_gib"] == told["peak_gib"] - told["explained_gib"]
+
+
+def test_what_a_gpu_holds_outside_of_torch_when_the_loader_starts_is_the_loaders() -> None:
+    device = Readings()
+    device.outside = 300  # the context
+    ledger = MemoryLedger(read=device.read, forget_peak=device.forget)
+    for point, grown in (("ready", 0), ("copy", 39), ("loss", 5)):  # what the kernels of the forward pass take is not the loader's
+        device.outside += grown
+        ledger.note(point)  # type: ignore[arg-type]
+    rows = [row for row in ledger.rows(SIZES) if row.item == "loader's pools"]
+    assert [(row.counted, row.measured) for row in rows] == [(None, 39)]
+
+
+def test_a_gpu_is_read_beside_torchs_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"memory_allocated": 20, "memory_reserved": 30, "max_memory_reserved": 35, "mem_get_info": (500, 1000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    reading = Placement(torch.device("cuda", 0), "stand-in").memory_reading()
+    assert reading == MemoryReading(allocated=20, reserved=30, peak=35, outside=470)
 
 
 def test_laps_before_the_first_step_are_no_points() -> None:
