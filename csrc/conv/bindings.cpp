@@ -20,6 +20,8 @@ using Pictures = nb::ndarray<std::int16_t, nb::ndim<4>, nb::c_contig, nb::device
 using Places = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using PerChannel = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Filter = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
 void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("conv: ") + what);
 }
@@ -57,6 +59,26 @@ float* of(const Layer& layer, const PerChannel& numbers) {
 
 void bind(nb::module_& module) {
   module.doc() = "Pooling, batch normalisation and activation in training; `pairclip_fast.models.fused_norm` calls it.";
+  module.def(
+      "weight_gradient",
+      [](int threads, Pictures pixels, Pictures gradient, Filter result) {
+        const Filters call{numbers(pixels),
+                           numbers(gradient),
+                           static_cast<int>(pixels.shape(0)),
+                           static_cast<int>(pixels.shape(1)),
+                           static_cast<int>(pixels.shape(2)),
+                           static_cast<int>(pixels.shape(3)),
+                           static_cast<int>(gradient.shape(3))};
+        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0 && call.outputs % kBlock == 0,
+               "output channels are a multiple of 32");
+        expect(gradient.size() == pixels.size() / call.inputs * call.outputs && gradient.shape(2) == pixels.shape(2),
+               "sizes differ");
+        expect(result.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
+        float* const weight = result.data();
+        const nb::gil_scoped_release released;
+        weight_gradient(call, weight, threads);
+      },
+      nb::arg("threads"), nb::arg("pixels"), nb::arg("gradient"), nb::arg("result"), "Of a 3x3 convolution that keeps the size.");
   module.def("isa", [] { return engine().isa; }, "Instruction set of the functions below.");
   module.def(
       "forward",

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "conv/filters.h"
 #include "tower/shape.h"
 
 namespace pairclip::conv {
@@ -63,6 +64,9 @@ struct Engine {
   // Backward: adds up the gradient behind the activation, plain and times kept - mean. Then the gradient of the pixels.
   void (*gather_slopes)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures, double* sums);
   void (*spread)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures);
+
+  // Of a piece of the pictures: sums [9][input blocks][output blocks][32][32].
+  void (*weight_gradient)(const Filters& call, Range pictures, char* scratch, float* sums);
 };
 
 #define PAIRCLIP_DECLARE_CONV(variant) \

@@ -1,6 +1,7 @@
 // Compiled once per instruction set: pooling, batch normalisation and activation, picture by picture, a row of 32 channels at a
 // time.
 #include "conv/engine.h"
+#include "conv/weight_gradient.h"
 #include "tower/activation.h"
 
 namespace pairclip::conv::PAIRCLIP_VARIANT {
@@ -186,8 +187,16 @@ void spread(const Layer& layer, const Backward& pass, const Channels& channels, 
   });
 }
 
-constexpr Engine kEngine{
-    .isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT), .gather = gather, .apply = apply, .gather_slopes = gather_slopes, .spread = spread};
+void weight_gradient(const Filters& call, Range pictures, char* scratch, float* sums) {
+  WeightGradientTask(call, scratch).run(pictures, sums);
+}
+
+constexpr Engine kEngine{.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+                         .gather = gather,
+                         .apply = apply,
+                         .gather_slopes = gather_slopes,
+                         .spread = spread,
+                         .weight_gradient = weight_gradient};
 
 }  // namespace
 

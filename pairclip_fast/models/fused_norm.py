@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pairclip_fast.models.blocks import ACTIVATIONS
+from pairclip_fast.models.convolution import channels_last_bits
 from pairclip_fast.models.precision import trains_in_bfloat16
 from pairclip_fast.native import native
 
@@ -98,11 +99,6 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, *, count: int) 
     norm.running_var.lerp_(variance * (count / (count - 1)), step)
 
 
-def _bits(pixels: Tensor) -> Tensor:
-    """[batch, channels, height, width] bfloat16 as [batch, height, width, channels] 16-bit integers, for C++."""
-    return pixels.detach().permute(0, 2, 3, 1).contiguous().view(torch.int16)
-
-
 class _Normalise(torch.autograd.Function):
     """From a convolution's result to the activation's, and the statistics. Differentiable once."""
 
@@ -110,7 +106,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, pixels: Tensor, weight: Tensor, bias: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         batch, channels, height, width = pixels.shape
         shape = (batch, height // 2, width // 2, channels) if layer.pool else (batch, height, width, channels)
-        given = _bits(pixels)
+        given = channels_last_bits(pixels)
         kept = torch.empty(shape, dtype=torch.int16) if layer.pool else given
         places = torch.empty(shape, dtype=torch.uint8) if layer.pool else None
         result, mean, variance = torch.empty(shape, dtype=torch.int16), torch.empty(channels), torch.empty(channels)
@@ -127,11 +123,11 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight, bias, kept, places, mean, variance = ctx.saved_tensors
         batch, channels, height, width = ctx.size
-        kept = _bits(kept) if places is None else kept
+        kept = channels_last_bits(kept) if places is None else kept
         found = torch.empty((batch, height, width, channels), dtype=torch.int16)
         parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
         of_parameters = [torch.empty(channels), torch.empty(channels)]
-        given = _bits(gradient.to(torch.bfloat16))
+        given = channels_last_bits(gradient.to(torch.bfloat16))
         conv, threads = native().module.conv, torch.get_num_threads()
         conv.backward(
             ctx.layer.activation, threads, ctx.layer.epsilon, given, *parameters, kept, places, mean, variance, found, *of_parameters
