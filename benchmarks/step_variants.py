@@ -25,7 +25,7 @@ from pairclip_fast.data.loader import Batch
 from pairclip_fast.errors import NumericsError
 from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
-from pairclip_fast.models import attention, tower
+from pairclip_fast.models import attention, convolution, fused_norm, tower
 from pairclip_fast.models.build import build_model
 from pairclip_fast.train.loop import Trainee, train_step
 from pairclip_fast.train.setup import Parts
@@ -110,7 +110,10 @@ class PlainStep:
 @contextlib.contextmanager
 def plain_operations() -> Iterator[None]:
     """Inside, models take torch's operations where they have their own."""
-    with mock.patch.object(attention, "_own_gradient_wins", return_value=False), mock.patch.object(tower, "takes", return_value=False):
+    ours = [(attention, "_own_gradient_wins"), (convolution, "_own_gradient_wins"), (fused_norm, "takes"), (tower, "takes")]
+    with contextlib.ExitStack() as patches:
+        for module, question in ours:
+            patches.enter_context(mock.patch.object(module, question, return_value=False))
         yield
 
 

@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "conv/bindings.h"
 #include "core/cpu.h"
 #include "tower/bindings.h"
 
@@ -20,5 +21,7 @@ NB_MODULE(_native, module) {
   pairclip::kernels::bind(kernels);
   nb::module_ tower = module.def_submodule("tower");
   pairclip::tower::bind(tower);
+  nb::module_ conv = module.def_submodule("conv");
+  pairclip::conv::bind(conv);
   pairclip::loader::bind(module);
 }

@@ -67,9 +67,9 @@ struct Tiles {
     _tile_dpbf16ps(3, 5, 7);
   }
   // Loads both factors and multiplies. Each load stands just before its first use, so that the tile unit waits for none but the
-  // first; a `streamed` left factor is not worth keeping in the first-level cache.
+  // first; a `streamed` left factor is not worth keeping in the first-level cache. The right factor's halves are `apart` bytes.
   template <int Rows = 2, int Columns = 2>
-  static void multiply(const void* left, const void* right, bool streamed = false) {
+  static void multiply(const void* left, const void* right, bool streamed = false, std::ptrdiff_t apart = kTileBytes) {
     const char *a = static_cast<const char*>(left), *b = static_cast<const char*>(right);
     memory_barrier();
     if (streamed) {
@@ -80,7 +80,7 @@ struct Tiles {
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Columns == 2) {
-      _tile_loadd(7, b + kTileBytes, 64);
+      _tile_loadd(7, b + apart, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (Rows == 2) {
@@ -149,9 +149,10 @@ struct Tiles {
     for (int row = 0; row < 32; ++row) std::memcpy(state().sums[row], from + row * stride, sizeof state().sums[row]);
   }
   template <int Rows = 2, int Columns = 2>
-  static void multiply(const void* left, const void* right, bool /*streamed*/ = false) {
+  static void multiply(const void* left, const void* right, bool /*streamed*/ = false, std::ptrdiff_t apart = kTileBytes) {
     std::memcpy(state().left, left, Rows * kTileBytes);
-    std::memcpy(state().right, right, Columns * kTileBytes);
+    for (int half = 0; half < Columns; ++half)
+      std::memcpy(state().right[half], static_cast<const char*>(right) + half * apart, kTileBytes);
     multiply();  // what is left out of the factors gives sums that nobody stores
   }
   template <int Rows = 2, int Columns = 2>

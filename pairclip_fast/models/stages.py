@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
 from pairclip_fast.models.convolution import Conv3x3
+from pairclip_fast.models.fused_norm import normalise
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to a normalisation over them."""
@@ -34,8 +34,7 @@ class Halving(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
-        halved: Tensor = self.activation(self.norm1(F.max_pool2d(self.widen(pixels), 2)))
-        return halved
+        return normalise(self.widen(pixels), norm=self.norm1, activation=self.activation, pool=True)
 
 
 class Stage(Halving):
@@ -47,5 +46,4 @@ class Stage(Halving):
         self.norm2 = norm(outputs)
 
     def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
-        refined: Tensor = self.activation(self.norm2(self.refine(super().forward(pixels))))
-        return refined
+        return normalise(self.refine(super().forward(pixels)), norm=self.norm2, activation=self.activation, pool=False)

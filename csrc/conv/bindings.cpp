@@ -1,0 +1,121 @@
+// The submodule `conv`; `pairclip_fast.models.fused_norm` calls it.
+#include "conv/bindings.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "conv/norm.h"
+
+namespace nb = nanobind;
+
+namespace pairclip::conv {
+namespace {
+
+// Bfloat16 comes as the 16-bit integers of its bits.
+using Pictures = nb::ndarray<std::int16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Places = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using PerChannel = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+using Filter = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+void expect(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string("conv: ") + what);
+}
+
+Activation activation(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  expect(name == "silu", "the activation is gelu, relu or silu");
+  return Activation::silu;
+}
+
+bf16* numbers(const Pictures& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
+
+// `pixels` has the shape that the convolution gave, `kept` that of the result.
+Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const std::string& name) {
+  const Layer found{static_cast<int>(pixels.shape(0)),
+                    static_cast<int>(pixels.shape(1)),
+                    static_cast<int>(pixels.shape(2)),
+                    static_cast<int>(pixels.shape(3)),
+                    places.has_value(),
+                    activation(name)};
+  expect(found.channels > 0 && found.channels % kBlock == 0 && found.count() > 0,
+         "channels are a multiple of 32, and there are pixels");
+  const std::size_t size = static_cast<std::size_t>(found.pictures) * found.kept_picture();
+  expect(kept.size() == size && (!places || places->size() == size), "wrong number of pixels");
+  return found;
+}
+
+float* of(const Layer& layer, const PerChannel& numbers) {
+  expect(numbers.size() == static_cast<std::size_t>(layer.channels), "one number per channel");
+  return numbers.data();
+}
+
+}  // namespace
+
+void bind(nb::module_& module) {
+  module.doc() = "Pooling, batch normalisation and activation in training; `pairclip_fast.models.fused_norm` calls it.";
+  module.def(
+      "weight_gradient",
+      [](int threads, Pictures pixels, Pictures gradient, Filter result) {
+        const Filters call{numbers(pixels),
+                           numbers(gradient),
+                           static_cast<int>(pixels.shape(0)),
+                           static_cast<int>(pixels.shape(1)),
+                           static_cast<int>(pixels.shape(2)),
+                           static_cast<int>(pixels.shape(3)),
+                           static_cast<int>(gradient.shape(3))};
+        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0 && call.outputs % kBlock == 0,
+               "output channels are a multiple of 32");
+        expect(gradient.size() == pixels.size() / call.inputs * call.outputs && gradient.shape(2) == pixels.shape(2),
+               "sizes differ");
+        expect(result.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
+        float* const weight = result.data();
+        const nb::gil_scoped_release released;
+        weight_gradient(call, weight, threads);
+      },
+      nb::arg("threads"), nb::arg("pixels"), nb::arg("gradient"), nb::arg("result"), "Of a 3x3 convolution that keeps the size.");
+  module.def("isa", [] { return engine().isa; }, "Instruction set of the functions below.");
+  module.def(
+      "forward",
+      [](const std::string& name, int threads, double epsilon, Pictures pixels, PerChannel weight, PerChannel bias, Pictures kept,
+         std::optional<Places> places, Pictures result, PerChannel mean, PerChannel variance) {
+        const Layer found = layer(pixels, kept, places, name);
+        expect(threads > 0 && result.size() == kept.size(), "wrong size of the result");
+        const Forward pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
+        const Statistics statistics{of(found, mean), of(found, variance)};
+        const float *factors = of(found, weight), *offsets = of(found, bias);
+        const nb::gil_scoped_release released;
+        forward(found, pass, factors, offsets, epsilon, statistics, threads);
+      },
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels"), nb::arg("weight"), nb::arg("bias"),
+      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("mean"), nb::arg("variance"));
+  module.def(
+      "backward",
+      [](const std::string& name, int threads, double epsilon, Pictures gradient, PerChannel weight, PerChannel bias,
+         Pictures kept, std::optional<Places> places, PerChannel mean, PerChannel variance, Pictures result,
+         PerChannel weight_gradient, PerChannel bias_gradient) {
+        const Layer found = layer(result, kept, places, name);
+        expect(threads > 0 && gradient.size() == kept.size(), "wrong size of the gradient");
+        const Backward pass{.gradient = numbers(gradient),
+                            .kept = numbers(kept),
+                            .places = places ? places->data() : nullptr,
+                            .mean_slope = nullptr,
+                            .covariance = nullptr,
+                            .result = numbers(result)};
+        const Statistics statistics{of(found, mean), of(found, variance)};
+        const float *factors = of(found, weight), *offsets = of(found, bias);
+        float *of_factors = of(found, weight_gradient), *of_offsets = of(found, bias_gradient);
+        const nb::gil_scoped_release released;
+        backward(found, pass, factors, offsets, epsilon, statistics, of_factors, of_offsets, threads);
+      },
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient"), nb::arg("weight"), nb::arg("bias"),
+      nb::arg("kept"), nb::arg("places").none(), nb::arg("mean"), nb::arg("variance"), nb::arg("result"),
+      nb::arg("weight_gradient"), nb::arg("bias_gradient"));
+}
+
+}  // namespace pairclip::conv

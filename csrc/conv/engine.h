@@ -1,0 +1,82 @@
+// The table between the order of the tasks (norm.cpp, compiled once) and their arithmetic (variant.cpp, per instruction set).
+//
+// Pictures are channels-last bfloat16: [pictures, height, width, channels]. A pooled layer takes the maximum of 2x2 pixels first;
+// an odd last row or column is left out, as torch does it. Its pictures are then kept at a quarter of the size, with the place of
+// each maximum in one byte.
+#pragma once
+
+#include <cstdint>
+
+#include "conv/filters.h"
+#include "tower/shape.h"
+
+namespace pairclip::conv {
+
+using bf16 = std::uint16_t;
+using tower::Activation;
+
+constexpr int kBlock = 32;  // channels come in multiples of it: a cache line
+
+struct Layer {
+  int pictures, height, width, channels;  // of what the convolution gave
+  bool pooled;
+  Activation activation;
+
+  int rows() const { return pooled ? height / 2 : height; }
+  int columns() const { return pooled ? width / 2 : width; }
+  std::int64_t picture() const { return std::int64_t{height} * width * channels; }  // numbers
+  std::int64_t kept_picture() const { return std::int64_t{rows()} * columns() * channels; }
+  std::int64_t count() const { return std::int64_t{pictures} * rows() * columns(); }  // that a channel's statistics are of
+};
+
+// One number per channel each. normed = (kept - mean) * scale + bias, where scale is the weight over the standard deviation.
+struct Channels {
+  const float *mean, *scale, *bias;
+};
+
+struct Forward {
+  const bf16* pixels;
+  bf16* kept;            // the pixels themselves where nothing is pooled
+  std::uint8_t* places;  // of the maxima; null where nothing is pooled
+  bf16* result;
+};
+
+struct Backward {
+  const bf16* gradient;  // of the result
+  const bf16* kept;
+  const std::uint8_t* places;
+  const float *mean_slope,
+      *covariance;  // per channel: means of the gradient behind the activation, plain and (kept - mean) / variance
+  bf16* result;     // gradient of the pixels
+};
+
+struct Range {
+  int begin, end;
+};
+
+struct Engine {
+  const char* isa;
+
+  // Forward: pools, and adds up kept - shift and its square, per channel: sums[0][channels], sums[1][channels]. Then the result.
+  void (*gather)(const Layer& layer, const Forward& pass, const float* shift, Range pictures, double* sums);
+  void (*apply)(const Layer& layer, const Forward& pass, const Channels& channels, Range pictures);
+
+  // Backward: adds up the gradient behind the activation, plain and times kept - mean. Then the gradient of the pixels.
+  void (*gather_slopes)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures, double* sums);
+  void (*spread)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures);
+
+  // Of a piece of the pictures: sums [9][input blocks][output blocks][32][32].
+  void (*weight_gradient)(const Filters& call, Range pictures, char* scratch, float* sums);
+};
+
+#define PAIRCLIP_DECLARE_CONV(variant) \
+  namespace variant {                  \
+  const Engine& engine();              \
+  }
+PAIRCLIP_DECLARE_CONV(portable)
+PAIRCLIP_DECLARE_CONV(avx2)
+PAIRCLIP_DECLARE_CONV(avx512)
+PAIRCLIP_DECLARE_CONV(amx)
+#undef PAIRCLIP_DECLARE_CONV
+
+}  // namespace pairclip::conv

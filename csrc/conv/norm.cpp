@@ -1,0 +1,102 @@
+#include "conv/norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "core/cpu.h"
+#include "core/parallel.h"
+
+namespace pairclip::conv {
+namespace {
+
+constexpr int kPictures = 8;  // of a task
+
+float widened(bf16 number) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(number) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+int tasks_of(const Layer& layer) { return (layer.pictures + kPictures - 1) / kPictures; }
+
+void each_piece(const Layer& layer, int threads, const std::function<void(int task, Range pictures)>& body) {
+  ThreadPool::shared().run(threads, tasks_of(layer), [&](std::int64_t task, int) {
+    const int first = static_cast<int>(task) * kPictures;
+    body(static_cast<int>(task), {first, std::min(first + kPictures, layer.pictures)});
+  });
+}
+
+// Two sums per channel, over all pictures.
+using Sums = std::vector<double>;
+Sums summed(const Layer& layer, int threads, const std::function<void(Range pictures, double* sums)>& add) {
+  const std::size_t numbers = 2 * static_cast<std::size_t>(layer.channels);
+  Sums pieces(numbers * tasks_of(layer)), total(numbers);
+  each_piece(layer, threads, [&](int task, Range pictures) { add(pictures, pieces.data() + task * numbers); });
+  for (std::size_t i = 0; i < pieces.size(); ++i) total[i % numbers] += pieces[i];
+  return total;
+}
+
+std::vector<float> scales(const Layer& layer, const float* weight, const float* variance, double epsilon) {
+  std::vector<float> found(layer.channels);
+  for (int c = 0; c < layer.channels; ++c) found[c] = static_cast<float>(weight[c] / std::sqrt(variance[c] + epsilon));
+  return found;
+}
+
+}  // namespace
+
+const Engine& engine() {
+#if defined(PAIRCLIP_BUILT_amx)
+  if (best_level() >= Level::amx) return amx::engine();
+#endif
+#if defined(PAIRCLIP_BUILT_avx512)
+  if (best_level() >= Level::avx512) return avx512::engine();
+#endif
+#if defined(PAIRCLIP_BUILT_avx2)
+  if (best_level() >= Level::avx2) return avx2::engine();
+#endif
+  return portable::engine();
+}
+
+void forward(const Layer& layer, const Forward& pass, const float* weight, const float* bias, double epsilon,
+             Statistics statistics, int threads) {
+  const Engine& chosen = engine();
+  std::vector<float> shift(layer.channels);
+  for (int c = 0; c < layer.channels; ++c) shift[c] = widened(pass.pixels[c]);
+  const Sums sums =
+      summed(layer, threads, [&](Range pictures, double* out) { chosen.gather(layer, pass, shift.data(), pictures, out); });
+  const double count = static_cast<double>(layer.count());
+  for (int c = 0; c < layer.channels; ++c) {
+    const double off = sums[c] / count, variance = sums[layer.channels + c] / count - off * off;
+    statistics.mean[c] = static_cast<float>(shift[c] + off);
+    statistics.variance[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays NaN
+  }
+  const std::vector<float> scale = scales(layer, weight, statistics.variance, epsilon);
+  const Channels channels{statistics.mean, scale.data(), bias};
+  each_piece(layer, threads, [&](int, Range pictures) { chosen.apply(layer, pass, channels, pictures); });
+}
+
+void backward(const Layer& layer, Backward pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
+              float* weight_gradient, float* bias_gradient, int threads) {
+  const Engine& chosen = engine();
+  const std::vector<float> scale = scales(layer, weight, statistics.variance, epsilon);
+  const Channels channels{statistics.mean, scale.data(), bias};
+  const Sums sums =
+      summed(layer, threads, [&](Range pictures, double* out) { chosen.gather_slopes(layer, pass, channels, pictures, out); });
+  const double count = static_cast<double>(layer.count());
+  std::vector<float> mean_slope(layer.channels), covariance(layer.channels);
+  for (int c = 0; c < layer.channels; ++c) {
+    const double variance = statistics.variance[c] + epsilon;
+    bias_gradient[c] = static_cast<float>(sums[c]);
+    weight_gradient[c] = static_cast<float>(sums[layer.channels + c] / std::sqrt(variance));
+    mean_slope[c] = static_cast<float>(sums[c] / count);
+    covariance[c] = static_cast<float>(sums[layer.channels + c] / (count * variance));
+  }
+  pass.mean_slope = mean_slope.data();
+  pass.covariance = covariance.data();
+  each_piece(layer, threads, [&](int, Range pictures) { chosen.spread(layer, pass, channels, pictures); });
+}
+
+}  // namespace pairclip::conv

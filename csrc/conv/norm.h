@@ -1,0 +1,27 @@
+// Pooling, batch normalisation and activation as one layer in training: which tasks there are and in which order they run.
+//
+// Two passes over memory each way, where one operation after the other takes five and seven. Sums are float32 within a picture
+// and float64 from there on, over pieces of a fixed number of pictures: the same bits for any number of threads.
+#pragma once
+
+#include "conv/engine.h"
+
+namespace pairclip::conv {
+
+// The best engine for this machine.
+const Engine& engine();
+
+// Per channel, float32; variance is the biased one. `shift` is any number near the mean: sums of squares about it lose no digits
+// (Chan, Golub and LeVeque 1983).
+struct Statistics {
+  float *mean, *variance;
+};
+
+void forward(const Layer& layer, const Forward& pass, const float* weight, const float* bias, double epsilon,
+             Statistics statistics, int threads);
+
+// Fills in `pass`'s means itself.
+void backward(const Layer& layer, Backward pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
+              float* weight_gradient, float* bias_gradient, int threads);
+
+}  // namespace pairclip::conv

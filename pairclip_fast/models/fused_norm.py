@@ -1,0 +1,135 @@
+"""Maximum of 2x2 pixels, batch normalisation and activation as one function in training (`csrc/conv`): bfloat16 on a CPU.
+
+One operation after the other, torch goes through memory six times on the way there and seven on the way back, and keeps what each
+was given, and the maxima's places in 64 bits. Here it is twice each way; kept are the pooled pixels and a byte per place, and
+only the result is rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its parameters and buffers stay where they are.
+
+Results are the same bits in every run and for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pairclip_fast.models.blocks import ACTIVATIONS
+from pairclip_fast.models.convolution import channels_last_bits
+from pairclip_fast.models.precision import trains_in_bfloat16
+from pairclip_fast.native import native
+
+BLOCK = 32
+"""Channels come in multiples of it: a cache line."""
+LEAST_PIXELS = 2
+"""Of a channel: one has no variance (torch raises)."""
+
+
+class Layer(NamedTuple):
+    """What a layer is beside its parameters."""
+
+    epsilon: float
+    activation: str
+    pool: bool
+
+
+def normalise(
+    pixels: Float[Tensor, "batch channels height width"], *, norm: nn.Module, activation: nn.Module, pool: bool
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Pixels, pooled if so wanted, after `norm` and `activation`; as one function where that is covered."""
+    if takes(pixels, norm=norm, activation=activation, pool=pool):
+        assert isinstance(norm, nn.BatchNorm2d)
+        return _run(pixels, norm=norm, activation=_name(activation), pool=pool)
+    result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
+    return result
+
+
+def takes(pixels: Tensor, *, norm: nn.Module, activation: nn.Module, pool: bool) -> bool:
+    """Whether one function does it: bfloat16 that comes channels last out of a convolution in training, and batch statistics."""
+    batch, channels, height, width = pixels.shape
+    side = 2 if pool else 1
+    return (
+        trains_in_bfloat16(pixels)
+        and pixels.dtype == torch.bfloat16
+        and channels % BLOCK == 0
+        and batch * (height // side) * (width // side) >= LEAST_PIXELS
+        and pixels.is_contiguous(memory_format=torch.channels_last)
+        and _covers(norm, activation)
+        and native().module is not None
+    )
+
+
+def _covers(norm: nn.Module, activation: nn.Module) -> bool:
+    """Batch normalisation in training as `nn.BatchNorm2d` comes by default, and nobody looks in between."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.track_running_stats
+        and norm.affine
+        and norm.weight.dtype == torch.float32
+        and _name(activation) is not None
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, activation))
+    )
+
+
+def _name(activation: nn.Module) -> Any:
+    """Among `ACTIVATIONS`; None for another."""
+    return next((name for name, kind in ACTIVATIONS.items() if type(activation) is kind), None)
+
+
+def _run(pixels: Tensor, *, norm: nn.BatchNorm2d, activation: str, pool: bool) -> Tensor:
+    result, mean, variance = _Normalise.apply(pixels, norm.weight, norm.bias, Layer(norm.eps, activation, pool))
+    _track(norm, mean, variance, count=result.numel() // result.shape[1])
+    found: Tensor = result
+    return found
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, *, count: int) -> None:
+    """Move the running statistics as the norm itself does: towards the mean and the unbiased variance."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    step = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, step)
+    norm.running_var.lerp_(variance * (count / (count - 1)), step)
+
+
+class _Normalise(torch.autograd.Function):
+    """From a convolution's result to the activation's, and the statistics. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, weight: Tensor, bias: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        batch, channels, height, width = pixels.shape
+        shape = (batch, height // 2, width // 2, channels) if layer.pool else (batch, height, width, channels)
+        given = channels_last_bits(pixels)
+        kept = torch.empty(shape, dtype=torch.int16) if layer.pool else given
+        places = torch.empty(shape, dtype=torch.uint8) if layer.pool else None
+        result, mean, variance = torch.empty(shape, dtype=torch.int16), torch.empty(channels), torch.empty(channels)
+        parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
+        conv, threads = native().module.conv, torch.get_num_threads()
+        conv.forward(layer.activation, threads, layer.epsilon, given, *parameters, kept, places, result, mean, variance)
+        ctx.save_for_backward(weight, bias, kept if layer.pool else pixels, places, mean, variance)
+        ctx.size, ctx.layer = pixels.shape, layer
+        ctx.mark_non_differentiable(mean, variance)
+        return result.view(torch.bfloat16).permute(0, 3, 1, 2), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        weight, bias, kept, places, mean, variance = ctx.saved_tensors
+        batch, channels, height, width = ctx.size
+        kept = channels_last_bits(kept) if places is None else kept
+        found = torch.empty((batch, height, width, channels), dtype=torch.int16)
+        parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
+        of_parameters = [torch.empty(channels), torch.empty(channels)]
+        given = channels_last_bits(gradient.to(torch.bfloat16))
+        conv, threads = native().module.conv, torch.get_num_threads()
+        conv.backward(
+            ctx.layer.activation, threads, ctx.layer.epsilon, given, *parameters, kept, places, mean, variance, found, *of_parameters
+        )
+        return found.view(torch.bfloat16).permute(0, 3, 1, 2), *of_parameters, None
