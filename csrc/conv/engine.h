@@ -57,7 +57,8 @@ struct Range {
 struct Engine {
   const char* isa;
 
-  // Forward: pools, and adds up kept - shift and its square, per channel: sums[0][channels], sums[1][channels]. Then the result.
+  // Forward: pools, and adds up kept - shift and its square, per channel: sums[0][channels], sums[1][channels]. The shift is any
+  // number near the mean: squares about it lose no digits (Chan, Golub and LeVeque 1983). Then the result.
   void (*gather)(const Layer& layer, const Forward& pass, const float* shift, Range pictures, double* sums);
   void (*apply)(const Layer& layer, const Forward& pass, const Channels& channels, Range pictures);
 

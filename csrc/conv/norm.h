@@ -11,8 +11,7 @@ namespace pairclip::conv {
 // The best engine for this machine.
 const Engine& engine();
 
-// Per channel, float32; variance is the biased one. `shift` is any number near the mean: sums of squares about it lose no digits
-// (Chan, Golub and LeVeque 1983).
+// Per channel, float32; variance is the biased one.
 struct Statistics {
   float *mean, *variance;
 };

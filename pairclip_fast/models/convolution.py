@@ -1,9 +1,8 @@
 """3x3 convolutions with a weight gradient of our own (`csrc/conv`) where the CPU has matrix tiles (AMX) and bfloat16 is trained.
 
 The gradient with respect to the filters is one matrix product of the output's gradient with every pixel's neighbourhood. C++ packs
-the pictures so that tiles read the neighbours where they lie, and no neighbourhood is written down. Against oneDNN's, 512 pictures:
-31x31 pixels with 24 and 64 channels 1.4 times, 15x15 with 64 and 64 2 times, 15x15 with 64 and 256 1.7 times as fast; with 256
-channels both ways, at 7x7 and 3x3, also faster than the neighbourhoods written down and multiplied by torch (1.3 and 1.1 times).
+the pictures so that tiles read the neighbours where they lie, and no neighbourhood is written down. oneDNN's is slow where pictures
+are small: `benchmarks/train_step.py --preset fast` lists its rates beside those of the forward pass.
 """
 
 from __future__ import annotations
