@@ -1,4 +1,4 @@
-// The submodule `conv`; `pairclip_fast.models.fused_norm` calls it.
+// The submodule `conv`; `pairclip_fast.models.fused_norm` and `.convolution` call it.
 #include "conv/bindings.h"
 
 #include <nanobind/ndarray.h>
@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "conv/norm.h"
+#include "tower/tower.h"
 
 namespace nb = nanobind;
 
@@ -19,18 +20,10 @@ namespace {
 using Pictures = nb::ndarray<std::int16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Places = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using PerChannel = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
 using Filter = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
 void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("conv: ") + what);
-}
-
-Activation activation(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "relu") return Activation::relu;
-  expect(name == "silu", "the activation is gelu, relu or silu");
-  return Activation::silu;
 }
 
 bf16* numbers(const Pictures& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
@@ -42,7 +35,7 @@ Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Pl
                     static_cast<int>(pixels.shape(2)),
                     static_cast<int>(pixels.shape(3)),
                     places.has_value(),
-                    activation(name)};
+                    tower::activation(name)};
   expect(found.channels > 0 && found.channels % kBlock == 0 && found.count() > 0,
          "channels are a multiple of 32, and there are pixels");
   const std::size_t size = static_cast<std::size_t>(found.pictures) * found.kept_picture();
@@ -58,7 +51,7 @@ float* of(const Layer& layer, const PerChannel& numbers) {
 }  // namespace
 
 void bind(nb::module_& module) {
-  module.doc() = "Pooling, batch normalisation and activation in training; `pairclip_fast.models.fused_norm` calls it.";
+  module.doc() = "Convolutional stages in training; `pairclip_fast.models.fused_norm` and `.convolution` call it.";
   module.def(
       "weight_gradient",
       [](int threads, Pictures pixels, Pictures gradient, Filter result) {

@@ -8,14 +8,14 @@
 #include <cstdint>
 
 #include "conv/filters.h"
-#include "tower/shape.h"
+#include "tower/engine.h"
 
 namespace pairclip::conv {
 
-using bf16 = std::uint16_t;
 using tower::Activation;
-
-constexpr int kBlock = 32;  // channels come in multiples of it: a cache line
+using tower::bf16;
+using tower::kBlock;  // channels come in multiples of it: a cache line
+using tower::Range;
 
 struct Layer {
   int pictures, height, width, channels;  // of what the convolution gave
@@ -45,13 +45,9 @@ struct Backward {
   const bf16* gradient;  // of the result
   const bf16* kept;
   const std::uint8_t* places;
-  const float *mean_slope,
-      *covariance;  // per channel: means of the gradient behind the activation, plain and (kept - mean) / variance
-  bf16* result;     // gradient of the pixels
-};
-
-struct Range {
-  int begin, end;
+  // Per channel: means of the gradient behind the activation, plain and times (kept - mean) / variance.
+  const float *mean_slope, *covariance;
+  bf16* result;  // gradient of the pixels
 };
 
 struct Engine {

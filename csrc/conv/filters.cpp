@@ -1,35 +1,23 @@
 #include "conv/filters.h"
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
 #include "conv/norm.h"
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 
 namespace pairclip::conv {
-namespace {
-
-struct Free {
-  void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(std::size_t bytes) { return Memory(new (std::align_val_t{64}) char[bytes]); }
-
-}  // namespace
 
 void weight_gradient(const Filters& call, float* weight, int threads) {
   const Engine& chosen = engine();
   const int pieces = std::min(kPieces, call.pictures), workers = std::min(threads, pieces);
-  const Memory memory = allocate(call.sums() * pieces * sizeof(float));
-  float* const sums = reinterpret_cast<float*>(memory.get());
-  std::vector<Memory> scratch(workers);
+  const std::size_t scratch_bytes = call.scratch_bytes();
+  const Buffer memory(call.sums() * pieces * sizeof(float)), scratch(workers * scratch_bytes);
+  float* const sums = reinterpret_cast<float*>(memory.at(0));
   ThreadPool::shared().run(workers, pieces, [&](std::int64_t piece, int worker) {
-    if (!scratch[worker]) scratch[worker] = allocate(call.scratch_bytes());
     const Range pictures{static_cast<int>(call.pictures * piece / pieces),
                          static_cast<int>(call.pictures * (piece + 1) / pieces)};
-    chosen.weight_gradient(call, pictures, scratch[worker].get(), sums + piece * call.sums());
+    chosen.weight_gradient(call, pictures, scratch.at(worker * scratch_bytes), sums + piece * call.sums());
   });
   ThreadPool::shared().run(threads, call.output_blocks(), [&](std::int64_t block, int) {
     for (int row = 0; row < 32; ++row)

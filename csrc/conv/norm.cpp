@@ -1,6 +1,7 @@
 #include "conv/norm.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -12,13 +13,6 @@ namespace pairclip::conv {
 namespace {
 
 constexpr int kPictures = 8;  // of a task
-
-float widened(bf16 number) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(number) << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 int tasks_of(const Layer& layer) { return (layer.pictures + kPictures - 1) / kPictures; }
 
@@ -64,7 +58,7 @@ void forward(const Layer& layer, const Forward& pass, const float* weight, const
              Statistics statistics, int threads) {
   const Engine& chosen = engine();
   std::vector<float> shift(layer.channels);
-  for (int c = 0; c < layer.channels; ++c) shift[c] = widened(pass.pixels[c]);
+  for (int c = 0; c < layer.channels; ++c) shift[c] = std::bit_cast<float>(std::uint32_t{pass.pixels[c]} << 16);
   const Sums sums =
       summed(layer, threads, [&](Range pictures, double* out) { chosen.gather(layer, pass, shift.data(), pictures, out); });
   const double count = static_cast<double>(layer.count());

@@ -1,6 +1,6 @@
 // Pooling, batch normalisation and activation as one layer in training: which tasks there are and in which order they run.
 //
-// Two passes over memory each way, where one operation after the other takes five and seven. Sums are float32 within a picture
+// Two passes over memory each way: the statistics need all numbers before the first result. Sums are float32 within a picture
 // and float64 from there on, over pieces of a fixed number of pictures: the same bits for any number of threads.
 #pragma once
 

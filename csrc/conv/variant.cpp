@@ -1,5 +1,7 @@
 // Compiled once per instruction set: pooling, batch normalisation and activation, picture by picture, a row of 32 channels at a
 // time.
+#include "core/variant.h"
+
 #include "conv/engine.h"
 #include "conv/weight_gradient.h"
 #include "tower/activation.h"
@@ -8,10 +10,6 @@ namespace pairclip::conv::PAIRCLIP_VARIANT {
 namespace {
 
 using namespace tower::PAIRCLIP_VARIANT;
-using conv::kBlock;
-
-#define PAIRCLIP_TEXT_OF(name) #name
-#define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
 
@@ -191,7 +189,7 @@ void weight_gradient(const Filters& call, Range pictures, char* scratch, float* 
   WeightGradientTask(call, scratch).run(pictures, sums);
 }
 
-constexpr Engine kEngine{.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
                          .gather = gather,
                          .apply = apply,
                          .gather_slopes = gather_slopes,

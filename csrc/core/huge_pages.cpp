@@ -5,6 +5,7 @@
 #endif
 
 #include <cstdint>
+#include <new>
 
 namespace pairclip {
 
@@ -16,6 +17,14 @@ void prefer_huge_pages(void* memory, std::size_t bytes) {
 #else
   static_cast<void>(memory), static_cast<void>(bytes);
 #endif
+}
+
+Buffer::Buffer(std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  const std::size_t step = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + step - 1) / step * step;
+  data_.reset(static_cast<char*>(std::aligned_alloc(step, size)));
+  if (data_ == nullptr) throw std::bad_alloc();
+  prefer_huge_pages(data_.get(), size);
 }
 
 }  // namespace pairclip

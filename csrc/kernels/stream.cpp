@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "core/huge_pages.h"
 #include "core/parallel.h"
 
 namespace pairclip::kernels {
@@ -40,14 +39,6 @@ void require(bool representable) {
 }
 
 }  // namespace
-
-Buffer::Buffer(std::size_t bytes) {
-  constexpr std::size_t kLine = 64;
-  const std::size_t step = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + step - 1) / step * step;
-  data_.reset(static_cast<char*>(std::aligned_alloc(step, size)));
-  if (data_ == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(data_.get(), size);
-}
 
 Stream::Stream(const Engine& engine, const Matrix& emb, std::int64_t begin, std::int64_t end, const Matrix& bank, int threads)
     : engine_(engine),

@@ -10,13 +10,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <new>
 #include <span>
 #include <vector>
 
+#include "core/huge_pages.h"
 #include "kernels/engine.h"
 
 namespace pairclip::kernels {
@@ -36,20 +34,6 @@ struct Matrix {
 
 // Packing met a number that the engine cannot represent.
 struct Unrepresentable {};
-
-// Uninitialised memory on a cache line; large ones on huge pages where the system has them to give, which spares the streams
-// through them most address translations and page faults.
-class Buffer {
- public:
-  explicit Buffer(std::size_t bytes);
-  char* at(std::size_t offset) const { return data_.get() + offset; }
-
- private:
-  struct Free {
-    void operator()(char* data) const { std::free(data); }
-  };
-  std::unique_ptr<char, Free> data_;
-};
 
 // Bank rows chosen for each query: row i's are captions[first[i]] to captions[last[i] - 1].
 struct Chosen {

@@ -1,4 +1,6 @@
 // Compiled once per instruction set: fills in that set's tables.
+#include "core/variant.h"
+
 #include "kernels/engines.h"
 #include "kernels/fma_products.h"
 #include "kernels/steps.h"
@@ -6,9 +8,6 @@
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 namespace {
-
-#define PAIRCLIP_TEXT_OF(name) #name
-#define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
 void powers_of_four(float* numbers, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kLanes) store(numbers + i, power_of_four(load(numbers + i)));
@@ -30,7 +29,7 @@ double multiply_adds(std::int64_t rounds) {
 
 template <class Products>
 constexpr Engine engine(const Engine* fallback) {
-  return {.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+  return {.isa = PAIRCLIP_VARIANT_NAME,
           .precision = Products::kPrecision,
           .rows = Products::kRows,
           .tile = Products::kTile,

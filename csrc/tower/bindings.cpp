@@ -23,13 +23,6 @@ void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("tower: ") + what);
 }
 
-Activation activation(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "relu") return Activation::relu;
-  expect(name == "silu", "the activation is gelu, relu or silu");
-  return Activation::silu;
-}
-
 Shape shape(int batch, int tokens, int width, int mlp_width, int heads, int depth, bool pre_norm, const std::string& name) {
   expect(batch > 0 && tokens > 0 && depth > 0 && heads > 0, "sizes are positive");
   expect(width > 0 && mlp_width > 0 && mlp_width % kBlock == 0 && width % (kBlock * heads) == 0,

@@ -87,6 +87,13 @@ std::vector<std::string> engine_names() {
   return names;
 }
 
+Activation activation(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  throw std::invalid_argument("tower: the activation is gelu, relu or silu, not '" + name + "'");
+}
+
 const Engine& engine(const std::string& name) {
   if (name == "emulated") return portable::engine();
 #if defined(PAIRCLIP_BUILT_amx)

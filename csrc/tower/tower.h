@@ -14,6 +14,9 @@ std::vector<std::string> engine_names();
 // Throws std::invalid_argument for a name that is not among them.
 const Engine& engine(const std::string& name);
 
+// Throws std::invalid_argument for a name other than gelu, relu and silu.
+Activation activation(const std::string& name);
+
 // `pass` as the direction needs it. The memory is a workspace for `threads` threads; results do not depend on their number.
 void forward(const Engine& engine, const Pass& pass, int threads);
 

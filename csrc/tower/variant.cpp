@@ -1,13 +1,12 @@
 // Compiled once per instruction set: fills in that set's table.
+#include "core/variant.h"
+
 #include "tower/attention.h"
 #include "tower/passes.h"
 #include "tower/weight_gradient.h"
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 namespace {
-
-#define PAIRCLIP_TEXT_OF(name) #name
-#define PAIRCLIP_TEXT(name) PAIRCLIP_TEXT_OF(name)
 
 // Denormal numbers count as zero, as the tiles have it anyway: gradients fade out, and each denormal costs a hundred others.
 // The thread may be the caller's, so it gets its own setting back.
@@ -125,7 +124,7 @@ void activate(Activation activation, const float* numbers, int count, float* val
   });
 }
 
-constexpr Engine kEngine{.isa = PAIRCLIP_TEXT(PAIRCLIP_VARIANT),
+constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
                          .begin = begin,
                          .end = end,
                          .pack = pack,

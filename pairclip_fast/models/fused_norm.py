@@ -1,8 +1,8 @@
 """Maximum of 2x2 pixels, batch normalisation and activation as one function in training (`csrc/conv`): bfloat16 on a CPU.
 
-One operation after the other, torch goes through memory six times on the way there and seven on the way back, and keeps what each
-was given, and the maxima's places in 64 bits. Here it is twice each way; kept are the pooled pixels and a byte per place, and
-only the result is rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its parameters and buffers stay where they are.
+In torch maximum, statistics, normalisation and activation each go through memory, both ways; what each was given is kept, and the
+maxima's places in 64 bits. Here it is twice each way; kept are the pooled pixels and a byte per place, and only the result is
+rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its parameters and buffers stay where they are.
 
 Results are the same bits in every run and for any number of threads.
 """

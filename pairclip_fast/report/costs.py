@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pairclip_fast.report.plots import SERIES_COLOURS, Line, Plot, render
 from pairclip_fast.report.results import percent
 from pairclip_fast.report.words import shown
 from pairclip_fast.telemetry.bottleneck import find_bottleneck
+from pairclip_fast.telemetry.memory_ledger import Item
 from pairclip_fast.telemetry.time_ledger import PHASES, Phase
 
 MEANINGS: dict[Phase, str] = {
@@ -35,7 +37,7 @@ MEANINGS: dict[Phase, str] = {
 }
 BACKGROUND = "load and augment"
 """The loader's own thread; its time passes beside the phases and is no part of their sum."""
-MEMORY_ITEMS = ("process", "model", "loader", "loader's pools", "activations", "gradients", "optimizer")
+MEMORY_ITEMS = get_args(Item)
 ROWS_LIMIT = 20
 
 

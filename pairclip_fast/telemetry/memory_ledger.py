@@ -21,14 +21,15 @@ from pairclip_fast.telemetry.time_ledger import Phase
 Point = Literal["start", "model", "ready", "copy", "loss", "backward", "optimizer", "training", "evaluation"]
 """Moments at which memory is read: before the model, with it, before the first step, then within it, and after an epoch."""
 Item = Literal["process", "model", "loader", "loader's pools", "activations", "gradients", "optimizer"]
-SPANS: Mapping[Item, tuple[Point, Point]] = {
-    "model": ("start", "model"),
-    "loader": ("ready", "copy"),
-    "activations": ("copy", "loss"),
-    "gradients": ("copy", "backward"),  # the activations are free again by then
-    "optimizer": ("backward", "optimizer"),
+SPANS: Mapping[Item, tuple[Point, Point, Literal["allocated", "outside"]]] = {
+    "model": ("start", "model", "allocated"),
+    "loader": ("ready", "copy", "allocated"),
+    "loader's pools": ("ready", "copy", "outside"),
+    "activations": ("copy", "loss", "allocated"),
+    "gradients": ("copy", "backward", "allocated"),  # the activations are free again by then
+    "optimizer": ("backward", "optimizer", "allocated"),
 }
-"""Between which two points an item's memory appears."""
+"""Between which two points an item's memory appears, and in which part of a reading."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,11 @@ class MemoryLedger:
         """
         start = self.points["start"]
         rows = [MemoryRow(item="process", counted=None, measured=start.reserved)]
-        for item, (before, after) in SPANS.items():
+        for item, (before, after, part) in SPANS.items():
             if after in self.points:
-                measured = growth(self.points.get(before), self.points[after])
-                rows.append(MemoryRow(item=item, counted=counted.get(item), measured=measured))
-                if item == "loader" and (pools := growth_outside(self.points.get(before), self.points[after])) is not None:
-                    rows.append(MemoryRow(item="loader's pools", counted=None, measured=pools))
+                measured = growth(getattr(self.points.get(before), part, None), getattr(self.points[after], part))
+                if item in counted or measured is not None:  # a host has no pools outside
+                    rows.append(MemoryRow(item=item, counted=counted.get(item), measured=measured))
         return rows
 
     def to_json(self, counted: Mapping[str, int | None]) -> dict[str, Any]:
@@ -112,18 +112,9 @@ class MemoryLedger:
         }
 
 
-def growth(before: MemoryReading | None, after: MemoryReading) -> int | None:
-    """Of what is allocated, between two readings."""
-    if before is None or before.allocated is None or after.allocated is None:
-        return None
-    return after.allocated - before.allocated
-
-
-def growth_outside(before: MemoryReading | None, after: MemoryReading) -> int | None:
-    """Of what a GPU holds beside torch's pool, between two readings; None on a host."""
-    if before is None or before.outside is None or after.outside is None:
-        return None
-    return after.outside - before.outside
+def growth(before: int | None, after: int | None) -> int | None:
+    """Between two readings of bytes."""
+    return None if before is None or after is None else after - before
 
 
 def explained_peak(held: int | None, counted: Mapping[str, int | None]) -> int | None:
