@@ -21,10 +21,11 @@ void prefer_huge_pages(void* memory, std::size_t bytes) {
 
 Buffer::Buffer(std::size_t bytes) {
   constexpr std::size_t kLine = 64;
-  const std::size_t step = bytes >= kHugePage ? kHugePage : kLine, size = (bytes + step - 1) / step * step;
-  data_.reset(static_cast<char*>(std::aligned_alloc(step, size)));
+  const std::size_t step = bytes >= kHugePage ? kHugePage : kLine;
+  size_ = (bytes + step - 1) / step * step;
+  data_.reset(static_cast<char*>(std::aligned_alloc(step, size_)));
   if (data_ == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(data_.get(), size);
+  prefer_huge_pages(data_.get(), size_);
 }
 
 }  // namespace pairclip

@@ -17,11 +17,13 @@ class Buffer {
  public:
   explicit Buffer(std::size_t bytes);
   char* at(std::size_t offset) const { return data_.get() + offset; }
+  std::size_t size() const { return size_; }
 
  private:
   struct Free {
     void operator()(char* data) const { std::free(data); }
   };
+  std::size_t size_;
   std::unique_ptr<char, Free> data_;
 };
 

@@ -6,10 +6,12 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "loader/batch_memory.h"
 #include "loader/crc32.h"
 #include "loader/filler.h"
 #include "loader/plan.h"
@@ -61,6 +63,16 @@ class PyFiller {
   PyFiller(const TileSettings& settings, int tiles, int threads, const std::string& isa)
       : settings_(settings), tiles_(tiles), filler_(settings, tiles, threads, tile_kernel(isa)) {}
 
+  // A batch of `rows` pictures, uninitialised. Its memory is taken again once nothing refers to it.
+  nb::ndarray<nb::pytorch> batch(std::size_t rows) {
+    const std::size_t width = static_cast<std::size_t>(tiles_) * static_cast<std::size_t>(settings_.width);
+    const std::size_t shape[] = {rows, 3, static_cast<std::size_t>(settings_.height), width};
+    auto memory = std::make_unique<std::shared_ptr<void>>(memory_.take(rows * 3 * shape[2] * width * (settings_.bf16 ? 2 : 4)));
+    void* const data = memory->get();
+    const nb::capsule owner(memory.release(), [](void* held) noexcept { delete static_cast<std::shared_ptr<void>*>(held); });
+    return {data, std::size(shape), shape, owner, nullptr, dtype()};
+  }
+
   Result fill_records(const MappedRecords& mapped, const Sources& sources, const Table& table,
                       const nb::ndarray<nb::c_contig>& out) {
     void* const pixels = checked(out, sources, table);
@@ -85,10 +97,8 @@ class PyFiller {
  private:
   // The memory of a batch [rows, 3, height, tiles * width] of the right type.
   void* checked(const nb::ndarray<nb::c_contig>& out, const Sources& sources, const Table& table) const {
-    const nb::dlpack::dtype wanted =
-        settings_.bf16 ? nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1} : nb::dtype<float>();
     const std::size_t rows = sources.shape(0), tiles = static_cast<std::size_t>(tiles_);
-    const bool fits = out.device_type() == nb::device::cpu::value && out.dtype() == wanted && out.ndim() == 4 &&
+    const bool fits = out.device_type() == nb::device::cpu::value && out.dtype() == dtype() && out.ndim() == 4 &&
                       out.shape(0) == rows && out.shape(1) == 3 && out.shape(2) == static_cast<std::size_t>(settings_.height) &&
                       out.shape(3) == tiles * static_cast<std::size_t>(settings_.width) && sources.shape(1) == tiles &&
                       table.shape(0) == rows && table.shape(1) == tiles && table.shape(2) == kColumns;
@@ -96,9 +106,15 @@ class PyFiller {
     return out.data();
   }
 
+  nb::dlpack::dtype dtype() const {
+    return settings_.bf16 ? nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}
+                          : nb::dtype<float>();
+  }
+
   TileSettings settings_;
   int tiles_;
   Filler filler_;
+  BatchMemory memory_;
 };
 
 void new_filler(PyFiller* self, int height, int width, int tiles, std::tuple<float, float, float> mean,
@@ -150,6 +166,7 @@ void bind(nb::module_& module) {
   nb::class_<PyFiller>(module, "Filler")
       .def("__init__", &new_filler, nb::kw_only(), "height"_a, "width"_a, "tiles"_a, "mean"_a, "std"_a, "border"_a, "bf16"_a,
            "threads"_a, "isa"_a = "")
+      .def("batch", &PyFiller::batch, "rows"_a)
       .def("fill_records", &PyFiller::fill_records, "records"_a, "sources"_a, "table"_a, "out"_a)
       .def("fill_pictures", &PyFiller::fill_pictures, "pictures"_a, "sources"_a, "table"_a, "out"_a)
       .def("decode", &PyFiller::decode, "records"_a, "encoding"_a, "ids"_a, "rows"_a, "pictures"_a);

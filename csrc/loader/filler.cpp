@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 
 namespace pairclip::loader {
@@ -50,26 +48,13 @@ class Report {
   Outcome outcome_;
 };
 
-class Scratch {
- public:
-  explicit Scratch(std::size_t words)
-      : memory_(static_cast<std::uint32_t*>(::operator new(sizeof(std::uint32_t) * words, std::align_val_t(kScratchAlignment)))) {
-  }
-  std::uint32_t* data() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(std::uint32_t* memory) const { ::operator delete(memory, std::align_val_t(kScratchAlignment)); }
-  };
-  std::unique_ptr<std::uint32_t, Free> memory_;
-};
-
 }  // namespace
 
 Filler::Filler(const TileSettings& settings, int tiles, int threads, TileKernel kernel)
     : settings_(settings), tiles_(tiles), threads_(threads), kernel_(kernel) {
   if (tiles < 1 || threads < 1 || settings.height < 1 || settings.width < 1)
     throw std::invalid_argument("sizes must be positive");
+  for (int worker = 0; worker < threads; ++worker) scratch_.emplace_back(sizeof(std::uint32_t) * scratch_words(settings.height, settings.width));
 }
 
 template <class Tile>
@@ -85,10 +70,8 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
   Report report;
   pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
     const double started = worker != 0 ? thread_seconds() : 0.0;
-    const Scratch scratch(scratch_words(settings_.height, settings_.width));
+    auto* const scratch = reinterpret_cast<std::uint32_t*>(scratch_[worker].at(0));
     for (std::int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
-      for (std::int64_t next = (i + 1) * tiles_; next < std::min(rows, i + 2) * tiles_; ++next)
-        tile.prefetch(sources[next] / tiles_, static_cast<int>(sources[next] % tiles_));
       std::int64_t checked = -1;
       for (int t = 0; t < tiles_; ++t) {
         const std::int64_t source = sources[i * tiles_ + t], sample = source / tiles_;
@@ -97,11 +80,12 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
           continue;
         }
         checked = sample;
+        if (i + 1 < rows) tile.prefetch(sources[(i + 1) * tiles_ + t] / tiles_, static_cast<int>(sources[(i + 1) * tiles_ + t] % tiles_));
         auto* const picture =
             static_cast<std::uint8_t*>(out) + static_cast<std::size_t>(3 * i * plane + t * settings_.width) * element;
         const TileTarget target{picture, row, plane};
         const float* const parameters = &table[(i * tiles_ + t) * kColumns];
-        kernel_(resolve(settings_, tile.at(sample, static_cast<int>(source % tiles_)), target, parameters), scratch.data());
+        kernel_(resolve(settings_, tile.at(sample, static_cast<int>(source % tiles_)), target, parameters), scratch);
         if (parameters[kCutSize] > 0.0f) cut_out(settings_, target, parameters);
       }
     }

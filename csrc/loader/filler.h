@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "loader/decode.h"
 #include "loader/records.h"
@@ -49,6 +50,7 @@ class Filler {
   TileSettings settings_;
   int tiles_, threads_;
   TileKernel kernel_;
+  std::vector<Buffer> scratch_;  // of each thread
   ThreadPool pool_;
 };
 

@@ -102,7 +102,10 @@ class Plan:
             ids int64 [local_batch_size] and valid bool [local_batch_size].
         """
         first = cursor + self.rank * self.local_batch_size
-        positions = np.arange(first, first + self.local_batch_size)
+        last = first + self.local_batch_size
+        if last <= self.num_samples:
+            return self.order(epoch)[first:last].copy(), np.ones(self.local_batch_size, dtype=np.bool_)
+        positions = np.arange(first, last)
         return self.order(epoch)[positions % self.num_samples], positions < self.num_samples
 
     def partners_at(self, epoch: int, *, cursor: int) -> NDArray[np.int64]:

@@ -140,11 +140,13 @@ class PlannedLoader:
     def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """Runs in the thread of the prefetcher."""
         stats, executor = self.stats, self._executor
+        cpu_before = time.thread_time() + executor.helper_cpu_s
         for _ in range(self._plan.steps_from(cursor)):
-            started, cpu_before = time.perf_counter(), time.thread_time() + executor.helper_cpu_s
+            started = time.perf_counter()
             batch = self._batch(epoch, cursor)
             stats.fill_s += time.perf_counter() - started
-            stats.fill_cpu_s += time.thread_time() + executor.helper_cpu_s - cpu_before
+            cpu_now = time.thread_time() + executor.helper_cpu_s  # once per batch: the system is asked each time
+            stats.fill_cpu_s, cpu_before = stats.fill_cpu_s + cpu_now - cpu_before, cpu_now
             stats.bytes_read, stats.bad_records = executor.bytes_read, len(self._bad_records)
             yield batch
             cursor += self._plan.batch_size

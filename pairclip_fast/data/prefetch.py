@@ -26,7 +26,9 @@ class Prefetcher(Generic[Item]):
     def __init__(self, source: Iterator[Item], *, depth: int) -> None:
         self._source = source
         self._ready: SimpleQueue[Item | _End] = SimpleQueue()
-        self._free = threading.Semaphore(depth)
+        self._free: SimpleQueue[None] = SimpleQueue()  # a semaphore in C; the one of `threading` is written in Python
+        for _ in range(depth):
+            self._free.put(None)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pairclip-loader", daemon=True)
         # A thread that is inside C++ code when the interpreter ends takes the whole process down (SIGABRT).
@@ -43,7 +45,7 @@ class Prefetcher(Generic[Item]):
         if self._stopped.is_set():
             return None
         item = self._ready.get()
-        self._free.release()
+        self._free.put(None)
         if isinstance(item, _End):
             self._stopped.set()
             if item.error is not None:
@@ -54,7 +56,7 @@ class Prefetcher(Generic[Item]):
     def close(self) -> None:
         """Stop the thread and wait for it. Safe to call twice."""
         self._stopped.set()
-        self._free.release()
+        self._free.put(None)
         self._thread.join()
         atexit.unregister(self.close)
 
@@ -62,7 +64,7 @@ class Prefetcher(Generic[Item]):
         error: BaseException | None = None
         try:
             while True:
-                self._free.acquire()
+                self._free.get()
                 if self._stopped.is_set():
                     break
                 item = next(self._source, None)

@@ -279,3 +279,24 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         filler.fill_records(records, sources, table, again)
         os._exit(0 if torch.equal(again, images) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_memory_of_a_batch_is_taken_again_only_when_nothing_refers_to_it(*, bf16: bool) -> None:
+    filler = make_filler((2, 32, 32, 3), bf16=bf16)
+    batch = filler.batch(300)
+    assert batch.shape == (300, 3, 32, 64)
+    assert batch.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    place, part = batch.data_ptr(), batch[2:4].fill_(7.0)
+    del batch
+    other = filler.batch(300).fill_(0.0)
+    assert other.data_ptr() != place
+    assert bool((part == 7.0).all())
+    del part
+    smaller = filler.batch(20)
+    assert smaller.data_ptr() == place
+    larger = filler.batch(600).fill_(1.0)
+    del filler
+    assert bool((larger == 1.0).all())  # a batch outlives the filler
+    assert bool((smaller.fill_(2.0) == 2.0).all())
+    assert bool((other == 0.0).all())

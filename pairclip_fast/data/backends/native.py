@@ -1,8 +1,8 @@
 """The native backend: the C++ core reads the mapped shards and writes finished batches, in one pass per tile.
 
 Raw records are read where the page cache has them: nothing is decoded, copied or kept. The interpreter lock is free while a
-batch is filled, by as many threads as the process has cores. Each batch gets memory of its own from torch's allocator, which
-hands it to the consumer for good; a program that keeps freed memory (`allocator`) pays nothing for that.
+batch is filled, by as many threads as the process has cores. A batch belongs to whoever refers to it; when nobody does any more,
+its memory becomes a later batch.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ class NativeExecutor:
     ) -> Float[Tensor, "batch 3 height width"]:
         assert self._records is not None, "fill after close"
         tiles, height, width, channels = self._reader.tile_shape
-        shape = (len(sources), channels, height, tiles * width)
-        images = torch.empty(shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        if self._device.type == "cuda":  # torch keeps and reuses pinned memory
+            images = torch.empty((len(sources), channels, height, tiles * width), dtype=self._dtype, pin_memory=True)
+        else:
+            images = self._filler.batch(len(sources))
         if self._pictures is None:
             seconds, damaged = self._filler.fill_records(self._records, sources, table, images)
             self._raw_bytes_read += sources.size * height * width * channels
