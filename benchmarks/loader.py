@@ -5,7 +5,8 @@ then all rows of a rung take turns, several times, each reading every value of w
 mixed: `read` (decoded bytes), `normalise` (float32, planes), `full` (rotation, colours, flip, normalisation per tile).
 `us/pair` is CPU time over all threads and worker processes of a row: the figure that a busy machine disturbs least, and the
 one that decides what a loader costs where training needs the same cores. Reading a batch costs the same whoever made it; the
-first row is that alone, and `less reading` is what is left for the loader. The page cache is warm.
+first row is that alone, and `less reading` is what is left for the loader. `s/epoch` is an epoch of 50,000 pairs on the clock, while
+one more thread reads every batch; `unread` the same where the batches are only handed over. The page cache is warm.
 
 Peers that need a format of their own run in another environment: `--peers PYTHON` names its interpreter.
 """
@@ -20,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ COLUMNS = (
     "less reading",
     "times ours",
     "s/epoch",
+    "unread",
     "first ms",
     "resume ms",
     "state B",
@@ -165,15 +167,15 @@ def read(batch: Any) -> None:
     values.view(len(values), -1).numpy()[:, ::16].sum()
 
 
-def turn(stream: Any, *, seconds: float) -> tuple[float, float]:
-    """Pairs per second and CPU microseconds per pair of one turn; every value of each batch is read."""
+def turn(stream: Any, *, seconds: float, use: Callable[[Any], None] = read) -> tuple[float, float]:
+    """Pairs per second and CPU microseconds per pair of one turn, with `use` made of each batch."""
     settle()
     for _ in range(WARM_UP_BATCHES):
         next(stream.batches)
     pairs, cpu, started = 0, cpu_seconds(), time.perf_counter()
     while time.perf_counter() - started < seconds or not pairs:
         batch = next(stream.batches)
-        read(batch)
+        use(batch)
         pairs += len(batch)
     wall = time.perf_counter() - started
     return pairs / wall, 1e6 * (cpu_seconds() - cpu) / pairs
@@ -181,13 +183,14 @@ def turn(stream: Any, *, seconds: float) -> tuple[float, float]:
 
 def measure(streams: list[Any], *, repeats: int) -> list[Record]:
     """The rows of a rung; the streams take turns."""
-    turns: list[list[tuple[float, float]]] = [[] for _ in streams]
+    turns: list[list[tuple[float, float, float]]] = [[] for _ in streams]
     for _ in range(repeats):
         for stream, results in zip(streams, turns, strict=True):
-            results.append(turn(stream, seconds=TURN_SECONDS))
+            unread, _ = turn(stream, seconds=0.5 * TURN_SECONDS, use=lambda _batch: None)
+            results.append((*turn(stream, seconds=TURN_SECONDS), unread))
     rows: list[Record] = []
     for stream, results in zip(streams, turns, strict=True):
-        rate, cpu = (timing.spread(values) for values in zip(*results, strict=True))
+        rate, cpu, unread_rate = (timing.spread(values) for values in zip(*results, strict=True))
         rows.append(
             {
                 "rung": stream.rung,
@@ -202,6 +205,9 @@ def measure(streams: list[Any], *, repeats: int) -> list[Record]:
                 "cpu_us_per_pair_high": cpu.high,
                 "loader_us_per_pair": cpu.median - (rows[0]["cpu_us_per_pair"] if rows else 0.0),
                 "epoch_s": EPOCH_PAIRS / rate.median,
+                "unread_epoch_s": EPOCH_PAIRS / unread_rate.median,
+                "unread_epoch_s_low": EPOCH_PAIRS / unread_rate.high,
+                "unread_epoch_s_high": EPOCH_PAIRS / unread_rate.low,
                 "first_batch_ms": 1e3 * stream.first_batch_s,
                 "same_pictures": stream.same_maths,
                 **stream.facts,
@@ -229,6 +235,7 @@ def table(rows: list[Record]) -> list[str]:
                 f"{row['loader_us_per_pair']:.2f}",
                 f"{row['loader_us_per_pair'] / best:.1f}",
                 f"{row['epoch_s']:.3f}",
+                f"{row['unread_epoch_s']:.3f}" if "unread_epoch_s" in row else "",
                 f"{row['first_batch_ms']:.0f}",
                 f"{row['resume_ms']:.1f}" if "resume_ms" in row else "",
                 str(row.get("state_bytes", "")),
@@ -271,7 +278,7 @@ def main(words: Sequence[str] | None = None) -> int:
             folders = make_folders(Path(root), path=asked.path, pairs=asked.pairs, events=events)
             for rung in asked.rung:
                 streams = open_streams(asked, folders, rung, events=events)
-                events.say(f"{rung}: {len(streams)} rows, about {len(streams) * asked.repeats * 2 * TURN_SECONDS:.0f} s")
+                events.say(f"{rung}: {len(streams)} rows, about {len(streams) * asked.repeats * 3 * TURN_SECONDS:.0f} s")
                 rows += measure(streams, repeats=asked.repeats)
                 for stream in streams:
                     stream.close()

@@ -54,7 +54,8 @@ Filler::Filler(const TileSettings& settings, int tiles, int threads, TileKernel 
     : settings_(settings), tiles_(tiles), threads_(threads), kernel_(kernel) {
   if (tiles < 1 || threads < 1 || settings.height < 1 || settings.width < 1)
     throw std::invalid_argument("sizes must be positive");
-  for (int worker = 0; worker < threads; ++worker) scratch_.emplace_back(sizeof(std::uint32_t) * scratch_words(settings.height, settings.width));
+  for (int worker = 0; worker < threads; ++worker)
+    scratch_.emplace_back(sizeof(std::uint32_t) * scratch_words(settings.height, settings.width));
 }
 
 template <class Tile>
@@ -80,7 +81,8 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
           continue;
         }
         checked = sample;
-        if (i + 1 < rows) tile.prefetch(sources[(i + 1) * tiles_ + t] / tiles_, static_cast<int>(sources[(i + 1) * tiles_ + t] % tiles_));
+        if (i + 1 < rows)
+          tile.prefetch(sources[(i + 1) * tiles_ + t] / tiles_, static_cast<int>(sources[(i + 1) * tiles_ + t] % tiles_));
         auto* const picture =
             static_cast<std::uint8_t*>(out) + static_cast<std::size_t>(3 * i * plane + t * settings_.width) * element;
         const TileTarget target{picture, row, plane};
