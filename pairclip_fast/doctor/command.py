@@ -47,6 +47,7 @@ def run_doctor(*, events: EventLog, folder: Path | None = None, verify: bool = F
         "loader": training.check_loader,
         "kernels": training.check_kernels,
         "transformer blocks": training.check_blocks,
+        "convolutional stages": training.check_stages,
         "text encoder": training.check_text_encoder,
         "extras": training.check_extras,
         "data": training.check_data,

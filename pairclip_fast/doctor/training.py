@@ -174,6 +174,22 @@ def check_blocks() -> Check:
     return Check(topic=topic, status="ok", found="torch", reason=reason)
 
 
+def check_stages() -> Check:
+    """What trains convolutional stages with `--amp`."""
+    import torch
+
+    from pairclip_fast.models.precision import why_not_ours
+    from pairclip_fast.models.stages import parts_of_our_own, why_no_extension
+    from pairclip_fast.train.precision import cpu_bf16_feature
+
+    topic, device = "convolutional stages", training_device()
+    autocast = torch.bfloat16 if cpu_bf16_feature() else None
+    reason = why_not_ours(device=torch.device(device), autocast=autocast, compiled=False) or why_no_extension()
+    if reason:
+        return Check(topic=topic, status="ok", found="torch", reason=reason)
+    return Check(topic=topic, status="ok", found=f"{parts_of_our_own(batch_norm=True)}, with --amp")
+
+
 def check_text_encoder() -> Check:
     """What `--text-encoder auto` takes; asks whether the hub answers, fetches nothing."""
     from pairclip_fast.text import hub

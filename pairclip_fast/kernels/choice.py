@@ -24,7 +24,7 @@ CANDIDATES = {"cpu": ("cpp", "pairclip_fast.kernels.cpp"), "cuda": ("triton", "p
 
 
 class Implementation(NamedTuple):
-    """Which implementation of the bank operations a device gets, and why."""
+    """What runs the bank operations, or a part of a model in training, and why."""
 
     name: str
     reason: str

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
-from pairclip_fast.models.convolution import Conv3x3
+from pairclip_fast.models.convolution import ENGINE, Conv3x3
 from pairclip_fast.models.fused_norm import normalise
+from pairclip_fast.models.precision import why_not_ours
+from pairclip_fast.native import native
 
 Norm = Callable[[int], nn.Module]
 """From a number of channels to a normalisation over them."""
@@ -47,3 +51,29 @@ class Stage(Halving):
 
     def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded wider half_height half_width"]:
         return normalise(self.refine(super().forward(pixels)), norm=self.norm2, activation=self.activation, pool=False)
+
+
+def implementation(encoder: nn.Module, *, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> Implementation:
+    """What trains the convolutional stages of `encoder`; the rest is as for `why_not_ours`."""
+    halvings = [part for part in encoder.modules() if isinstance(part, Halving)]
+    if not halvings:
+        return Implementation("none", "the encoder has none")
+    reason = why_not_ours(device=device, autocast=autocast, compiled=compiled) or why_no_extension()
+    if reason is not None:
+        return Implementation("torch", reason)
+    ours = parts_of_our_own(batch_norm=any(isinstance(part.norm1, nn.BatchNorm2d) for part in halvings))
+    return Implementation("cpp", ours) if ours else Implementation("torch", "no matrix tiles, and no batch norm")
+
+
+def why_no_extension() -> str | None:
+    """The reason why there is no C++ here; None if there is."""
+    found = native()
+    return found.reason if found.module is None else None
+
+
+def parts_of_our_own(*, batch_norm: bool) -> str:
+    """What the C++ extension does of a stage on this machine, in words; empty for nothing."""
+    isa = native().module.conv.isa()
+    parts = {"pooling, normalisation and activation in one": batch_norm, "the filters' gradient on tiles": isa == ENGINE}
+    words = " and ".join(part for part, holds in parts.items() if holds)
+    return words and f"C++, {isa}: {words}"

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Block
-from pairclip_fast.models.precision import trains_in_bfloat16
+from pairclip_fast.models.precision import trains_in_bfloat16, why_not_ours
 from pairclip_fast.native import native
 
 ENGINE = "amx"
@@ -26,13 +27,6 @@ BLOCK = 32
 """Widths of heads and MLPs are multiples of it: two tiles."""
 MOST_FREE = 2
 """Workspaces that are kept although no graph needs them: the next step's, and that of a last, smaller batch."""
-
-
-class Implementation(NamedTuple):
-    """What runs the transformer blocks in training, and why."""
-
-    name: str
-    reason: str
 
 
 class Sizes(NamedTuple):
@@ -62,24 +56,14 @@ _free: list[Workspace] = []
 def implementation(
     blocks: nn.ModuleList | None, *, device: torch.device, autocast: torch.dtype | None, recompute: bool, compiled: bool
 ) -> Implementation:
-    """What trains `blocks` on `device`.
+    """What trains `blocks` (None for another kind of encoder), whose activations are computed again if `recompute`.
 
-    Args:
-        blocks: The transformer's blocks; None for another kind of encoder.
-        device: Of the parameters.
-        autocast: Its dtype, None without autocast.
-        recompute: Whether activations are computed again.
-        compiled: Whether `torch.compile` has the encoder.
+    The rest is as for `why_not_ours`.
     """
     if blocks is None:
         return Implementation("none", "the encoder is no transformer")
-    reasons = {
-        f"nothing of our own for {device.type}": device.type != "cpu",
-        "not under bfloat16 autocast": autocast != torch.bfloat16,
-        "activations are recomputed": recompute,
-        "compiled by torch": compiled,
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None) or why_not_here() or _why_not(blocks)
+    elsewhere = why_not_ours(device=device, autocast=autocast, compiled=compiled)
+    reason = elsewhere or ("activations are recomputed" if recompute else None) or why_not_here() or _why_not(blocks)
     if reason is not None:
         return Implementation("torch", reason)
     return Implementation("cpp", f"C++, {ENGINE}, bfloat16 tiles, float32 sums")

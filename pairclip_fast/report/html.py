@@ -93,6 +93,7 @@ def glance(run: Run) -> list[tuple[str, str]]:
         ("Runs on", _joined(plan.get("device"), plan.get("precision"), _named("loader", plan.get("loader")), plan.get("compile"))),
         ("Kernels", plan.get("kernels")),
         ("Transformer blocks", plan.get("blocks")),
+        ("Convolutional stages", plan.get("stages")),
         ("Speed", _speed(steps)),
         ("Time", history.duration(number(finished.get("seconds")))),
         ("Began", _began(run)),

@@ -15,8 +15,8 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
-from pairclip_fast.kernels.ops import implementation
-from pairclip_fast.models import tower
+from pairclip_fast.kernels.ops import Implementation, implementation
+from pairclip_fast.models import stages, tower
 from pairclip_fast.models.encoder import ImageEncoder
 from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
@@ -65,6 +65,8 @@ class TrainingPlan:
     """Which implementation of the caption-bank operations runs, and why."""
     blocks: str
     """What trains the transformer blocks, and why."""
+    stages: str
+    """What trains the convolutional stages, and why."""
     loader: str
     compile: str
 
@@ -77,7 +79,8 @@ class TrainingPlan:
             f"plan: {self.num_train:,} training and {self.num_val:,} validation pairs, {self.num_captions:,} captions",
             f"      {self.parameters:,} parameters, {self.flops_per_pair / 1e9:.3f} GFLOP per pair, {self.total_pflop:.4g} PFLOP in all",
             f"      {self.epochs} epochs of {self.steps_per_epoch:,} steps; {self.precision}; loader {self.loader}; {self.compile}",
-            f"      on {self.device}; kernels {self.kernels}; transformer blocks {self.blocks}",
+            f"      on {self.device}; kernels {self.kernels}",
+            f"      transformer blocks {self.blocks}; convolutional stages {self.stages}",
             f"      about {words_for_seconds(self.eta_s)}, {sum(self.memory_gib.values()):.2f} GiB for training (estimates)",
         ]
 
@@ -110,7 +113,8 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     rate = found.pairs_per_second * parts.processes.world_size
     whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     kernels = implementation(parts.placement.device)
-    blocks = blocks_of(parts, trainee, compiled=compiled.startswith("compiled"))
+    in_torch = compiled.startswith("compiled")
+    blocks, convolutions = blocks_of(parts, trainee, compiled=in_torch), stages_of(parts, trainee, compiled=in_torch)
     return TrainingPlan(
         num_train=parts.num_train,
         num_val=num_val,
@@ -127,24 +131,34 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         precision=f"{parts.precision.name} ({parts.precision.reason})",
         kernels=f"{kernels.name} ({kernels.reason})",
         blocks=f"{blocks.name} ({blocks.reason})",
+        stages=f"{convolutions.name} ({convolutions.reason})",
         loader=loader,
         compile=compiled,
     )
 
 
-def blocks_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> tower.Implementation:
+def blocks_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> Implementation:
     """What trains the encoder's transformer blocks."""
     found = [part for part in trainee.module.encoder.modules() if isinstance(part, ImageEncoder)]
     return tower.implementation(
         getattr(found[0], "blocks", None),
         device=parts.placement.device,
-        autocast=None if parts.precision.name == "fp32" else parts.precision.dtype,
+        autocast=_autocast(parts),
         recompute=parts.config.train.recompute,
         compiled=compiled,
     )
 
 
-def tell_slower_blocks(parts: Parts, blocks: tower.Implementation, *, compiled: bool, events: EventLog) -> None:
+def stages_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> Implementation:
+    """What trains the encoder's convolutional stages."""
+    return stages.implementation(trainee.module.encoder, device=parts.placement.device, autocast=_autocast(parts), compiled=compiled)
+
+
+def _autocast(parts: Parts) -> torch.dtype | None:
+    return None if parts.precision.name == "fp32" else parts.precision.dtype
+
+
+def tell_slower_blocks(parts: Parts, blocks: Implementation, *, compiled: bool, events: EventLog) -> None:
     """One event if this processor could train the blocks faster than they will be, and nobody asked for that."""
     could = parts.placement.device.type == "cpu" and parts.precision.name == "bf16" and cpu_bf16_feature() == "AMX"
     if could and blocks.name == "torch" and not (compiled or parts.config.train.recompute):

@@ -22,7 +22,7 @@ from pairclip_fast.telemetry.nvml import NvmlDevice, NvmlReading
 
 TOPICS = [
     "python", "cpu", "instructions", "memory", "disk", "packages", "torch", "gpu", "--amp", "torch.compile", "loader", "kernels",
-    "transformer blocks", "text encoder", "extras", "data",
+    "transformer blocks", "convolutional stages", "text encoder", "extras", "data",
 ]  # fmt: skip
 QUIET = EventLog(console=False)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pairclip_fast.models import fused_norm
+from pairclip_fast.models import convolution, fused_norm, stages
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
 from pairclip_fast.models.fused_norm import normalise, takes
 from pairclip_fast.models.stages import Stage
@@ -175,3 +175,26 @@ def test_a_cumulative_average() -> None:
         other(pixels.float())
     for own, torchs in zip(norm.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(own, torchs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    batch_normed = Stage(3, 32, activation="silu", norm=nn.BatchNorm2d)
+
+    def chosen(encoder: nn.Module = batch_normed, device: torch.device = cpu, dtype: torch.dtype | None = bf16, **how: bool) -> str:
+        found = stages.implementation(encoder, device=device, autocast=dtype, **({"compiled": False} | how))
+        return f"{found.name} ({found.reason})"
+
+    isa = native().module.conv.isa()
+    monkeypatch.setattr(stages, "ENGINE", "none here")
+    assert chosen() == f"cpp (C++, {isa}: pooling, normalisation and activation in one)"
+    assert chosen(Stage(3, 32, activation="silu", norm=stages.ChannelNorm)) == "torch (no matrix tiles, and no batch norm)"
+    monkeypatch.setattr(stages, "ENGINE", isa)
+    assert chosen().endswith(" in one and the filters' gradient on tiles)")
+    assert convolution.ENGINE == "amx"
+    assert chosen(nn.Linear(1, 1)) == "none (the encoder has none)"
+    assert chosen(device=torch.device("cuda")) == "torch (nothing of our own for cuda)"
+    assert chosen(dtype=None) == "torch (not under bfloat16 autocast)"
+    assert chosen(compiled=True) == "torch (compiled by torch)"
+    monkeypatch.setattr(stages, "native", lambda: native()._replace(module=None, reason="PAIRCLIP_NATIVE=off"))
+    assert chosen() == "torch (PAIRCLIP_NATIVE=off)"
