@@ -18,12 +18,6 @@ double thread_seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// Asks for bytes that are needed soon. Records lie anywhere in hundreds of megabytes: without this each costs a wait for memory
-// and for its page's address.
-void fetch_ahead(const std::uint8_t* from, std::ptrdiff_t size) {
-  for (std::ptrdiff_t at = 0; at < size; at += 64) __builtin_prefetch(from + at, 0, 2);
-}
-
 // What the tasks of a run report, from any thread.
 class Report {
  public:
@@ -81,13 +75,18 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
           continue;
         }
         checked = sample;
-        if (i + 1 < rows)
-          tile.prefetch(sources[(i + 1) * tiles_ + t] / tiles_, static_cast<int>(sources[(i + 1) * tiles_ + t] % tiles_));
         auto* const picture =
             static_cast<std::uint8_t*>(out) + static_cast<std::size_t>(3 * i * plane + t * settings_.width) * element;
         const TileTarget target{picture, row, plane};
         const float* const parameters = &table[(i * tiles_ + t) * kColumns];
-        kernel_(resolve(settings_, tile.at(sample, static_cast<int>(source % tiles_)), target, parameters), scratch);
+        TileJob job = resolve(settings_, tile.at(sample, static_cast<int>(source % tiles_)), target, parameters);
+        if (i + 1 < rows) {
+          const std::int64_t next = sources[(i + 1) * tiles_ + t];
+          const std::span<const std::uint8_t> ahead = tile.bytes(next / tiles_, static_cast<int>(next % tiles_));
+          job.ahead = ahead.data();
+          job.ahead_bytes = static_cast<int>(ahead.size());
+        }
+        kernel_(job, scratch);
         if (parameters[kCutSize] > 0.0f) cut_out(settings_, target, parameters);
       }
     }
@@ -104,9 +103,10 @@ Outcome Filler::fill(const Records& records, std::span<const std::int64_t> sourc
     bool usable(std::int64_t sample) const {
       return static_cast<std::ptrdiff_t>(records.bytes(sample).size()) == sample_bytes && records.intact(sample);
     }
-    void prefetch(std::int64_t sample, int tile) const {
-      if (static_cast<std::ptrdiff_t>(records.bytes(sample).size()) == sample_bytes)
-        fetch_ahead(records.bytes(sample).data() + tile * tile_bytes, tile_bytes);
+    std::span<const std::uint8_t> bytes(std::int64_t sample, int tile) const {
+      const std::span<const std::uint8_t> all = records.bytes(sample);
+      if (static_cast<std::ptrdiff_t>(all.size()) != sample_bytes) return {};
+      return all.subspan(tile * tile_bytes, tile_bytes);
     }
     TileSource at(std::int64_t sample, int tile) const { return {records.bytes(sample).data() + tile * tile_bytes, row_bytes}; }
   };
@@ -119,17 +119,18 @@ Outcome Filler::fill(std::span<const std::uint8_t> pictures, std::span<const std
                      void* out) {
   struct PictureTiles {
     const std::uint8_t* pictures;
-    std::ptrdiff_t row_bytes, tile_row_bytes, picture_bytes;
+    std::ptrdiff_t row_bytes, tile_row_bytes, share_bytes, picture_bytes;
     bool usable(std::int64_t) const { return true; }
-    void prefetch(std::int64_t sample, int tile) const {
-      if (tile == 0) fetch_ahead(pictures + sample * picture_bytes, picture_bytes);
+    // Tiles lie side by side: a share of the picture instead.
+    std::span<const std::uint8_t> bytes(std::int64_t sample, int tile) const {
+      return {pictures + sample * picture_bytes + tile * share_bytes, static_cast<std::size_t>(share_bytes)};
     }
     TileSource at(std::int64_t sample, int tile) const {
       return {pictures + sample * picture_bytes + tile * tile_row_bytes, row_bytes};
     }
   };
   const std::ptrdiff_t tile_row_bytes = 3L * settings_.width;
-  const PictureTiles tiles{pictures.data(), tile_row_bytes * tiles_, tile_row_bytes, picture_bytes()};
+  const PictureTiles tiles{pictures.data(), tile_row_bytes * tiles_, tile_row_bytes, picture_bytes() / tiles_, picture_bytes()};
   return fill_from(tiles, static_cast<std::int64_t>(pictures.size()) / picture_bytes() * tiles_, sources, table, out);
 }
 

@@ -35,6 +35,26 @@ PAIRCLIP_INLINE Pixels unpacked(Words words) {
 // otherwise would first have to read what is overwritten (a third of all traffic). The caller has to fence.
 constexpr std::size_t kCacheLine = 64;
 
+// Fetches a job's `ahead` in equal parts: asked for all at once, the lines would queue up, and the kernel behind them.
+class Fetcher {
+ public:
+  PAIRCLIP_INLINE Fetcher make(const TileJob& job, int parts) {
+    const std::ptrdiff_t bytes = static_cast<std::ptrdiff_t>(job.ahead_bytes), line = static_cast<std::ptrdiff_t>(kCacheLine);
+    return {job.ahead, job.ahead + bytes, (bytes + parts * line - 1) / (parts * line) * line};
+  }
+
+  __attribute__((always_inline)) inline void part() {
+    const std::uint8_t* const until = end_ - at_ < part_ ? end_ : at_ + part_;
+    for (; at_ < until; at_ += kCacheLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  Fetcher(const std::uint8_t* at, const std::uint8_t* end, std::ptrdiff_t part) : at_(at), end_(end), part_(part) {}
+
+  const std::uint8_t *at_, *end_;
+  std::ptrdiff_t part_;
+};
+
 // One row of the tile's output; knows its colours and its format.
 template <bool kBf16, bool kRecoloured>
 class Writer {

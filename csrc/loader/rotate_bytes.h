@@ -93,12 +93,15 @@ static void rotate_planes(const TileJob& job, Planes planes) {
   const Middle middle_x = Middle::of(width), middle_y = Middle::of(height);
   const Placer placer = Placer::make(planes.pitch, middle_x, middle_y);
   const auto writer = Writer<kBf16, kRecoloured>::make(job, kWeighed<kBytes>);
+  const int turns = (height + kBytesTurn - 1) / kBytesTurn * ((width + kLanes - 1) / kLanes);
+  Fetcher fetcher = Fetcher::make(job, turns);
   for (int x = 0; x < width; x += kLanes) {
     const int count = width - x < kLanes ? width - x : kLanes, vectors = x / kLanes * loader::whole_vectors(height);
     const Start start = start_of(job, x, middle_x, middle_y);
     for (int y = 0; y < height; y += kBytesTurn) {
       const int turn = height - y < kBytesTurn ? height - y : kBytesTurn;
       ByteTaps found[kBytesTurn];
+      fetcher.part();
       for (int k = 0; k < turn; ++k) {
         const Floats at_x = held(start.x + planes.across[y + k], middle_x), at_y = held(start.y + planes.down[y + k], middle_y);
         const Floats below = fraction(at_y), place = Placer::place(placer, at_x, at_y - below);

@@ -42,6 +42,10 @@ struct TileTarget {
 struct TileJob {
   TileSource source;
   TileTarget target;
+  // What will be needed next, to be fetched on the way. Records lie anywhere in hundreds of megabytes: without this each costs a
+  // wait for memory and for its page's address.
+  const std::uint8_t* ahead;
+  int ahead_bytes;
   int height, width;
   Border border;
   bool bf16, rotated, recoloured, flip;

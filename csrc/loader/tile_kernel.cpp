@@ -111,10 +111,12 @@ void shift(const TileJob& job, std::uint32_t* scratch) {
 template <bool kBf16, bool kRecoloured>
 void augment(const TileJob& job, std::uint32_t* scratch) {
   constexpr int kCommonSide = 32;
-  if (!job.rotated) return shift<kBf16, kRecoloured>(job, scratch);
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-  if (job.width <= loader::kRowWords && job.border == Border::zero && rotate_bytes<kBf16, kRecoloured>(job, scratch)) return;
+  const bool by_bytes = job.rotated && job.width <= loader::kRowWords && job.border == Border::zero;
+  if (by_bytes && rotate_bytes<kBf16, kRecoloured>(job, scratch)) return;
 #endif
+  Fetcher::make(job, 1).part();
+  if (!job.rotated) return shift<kBf16, kRecoloured>(job, scratch);
 #if defined(__AVX512F__)
   if (job.width <= loader::kRowWords) return rotate_rows<kBf16, kRecoloured>(job, scratch);
 #endif
