@@ -1,5 +1,6 @@
 #include "core/parallel.h"
 
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +12,15 @@
 #include <vector>
 
 namespace pairclip {
+namespace {
+
+double cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+}  // namespace
 
 struct ThreadPool::State {
   std::mutex one_run;  // held by the caller of run() from beginning to end
@@ -23,6 +33,7 @@ struct ThreadPool::State {
   int working = 0;
   bool closing = false;
   const std::function<void(std::int64_t, int)>* body = nullptr;
+  double helped = 0;  // CPU seconds of the pool's threads in the present run
   std::exception_ptr error;
 
   std::atomic<std::int64_t> next{0};
@@ -50,8 +61,11 @@ struct ThreadPool::State {
       if (body == nullptr) continue;  // woke up after the run had ended
       ++working;
       lock.unlock();
+      const double before = cpu_seconds();
       work(worker);
+      const double spent = cpu_seconds() - before;
       lock.lock();
+      helped += spent;
       if (--working == 0) done.notify_one();
     }
   }
@@ -72,7 +86,7 @@ ThreadPool::~ThreadPool() {
   for (std::thread& thread : state_->threads) thread.join();
 }
 
-void ThreadPool::run(int threads, std::int64_t tasks, const std::function<void(std::int64_t, int)>& body) {
+double ThreadPool::run(int threads, std::int64_t tasks, const std::function<void(std::int64_t, int)>& body) {
   if (process_ != getpid()) {
     static_cast<void>(state_.release());
     state_ = std::make_unique<State>();
@@ -89,6 +103,7 @@ void ThreadPool::run(int threads, std::int64_t tasks, const std::function<void(s
     }
     state.body = &body;
     state.error = nullptr;
+    state.helped = 0;
     state.tasks = tasks;
     state.next.store(0, std::memory_order_relaxed);
     state.wanted = helpers;
@@ -100,6 +115,7 @@ void ThreadPool::run(int threads, std::int64_t tasks, const std::function<void(s
   state.done.wait(lock, [&] { return state.working == 0; });
   state.body = nullptr;
   if (state.error) std::rethrow_exception(state.error);
+  return state.helped;
 }
 
 ThreadPool& ThreadPool::shared() {

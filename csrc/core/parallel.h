@@ -22,8 +22,8 @@ class ThreadPool {
   // Calls body(task, worker) for every task in [0, tasks), on the caller and up to threads - 1 others; worker in
   // [0, threads) tells them apart. Returns when all are done. The first exception of a task is thrown here, after the
   // tasks under way have ended; tasks not yet begun are left out. One run at a time: a second caller waits for the first.
-  // A pool inherited through fork() starts threads of its own in the child.
-  void run(int threads, std::int64_t tasks, const std::function<void(std::int64_t task, int worker)>& body);
+  // A pool inherited through fork() starts threads of its own in the child. Returns the CPU seconds of the others.
+  double run(int threads, std::int64_t tasks, const std::function<void(std::int64_t task, int worker)>& body);
 
   // The pool of what computes for its caller: bank operations and tower, which take turns. (The loader works beside them.)
   static ThreadPool& shared();

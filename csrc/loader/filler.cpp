@@ -1,7 +1,5 @@
 #include "loader/filler.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -12,13 +10,7 @@ namespace {
 
 constexpr std::int64_t kRowsPerTask = 8;  // about 40 us of work: little beside a wake-up, and the threads end together
 
-double thread_seconds() {
-  timespec now{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-// What the tasks of a run report, from any thread.
+// What the tasks of a run find, from any thread.
 class Report {
  public:
   void damaged(std::int64_t id) {
@@ -26,12 +18,8 @@ class Report {
     outcome_.damaged.push_back(id);
   }
 
-  void spent(double seconds) {
-    const std::lock_guard lock(mutex_);
-    outcome_.cpu_seconds += seconds;
-  }
-
-  Outcome result() {
+  Outcome result(double cpu_seconds) {
+    outcome_.cpu_seconds = cpu_seconds;
     std::sort(outcome_.damaged.begin(), outcome_.damaged.end());
     outcome_.damaged.erase(std::unique(outcome_.damaged.begin(), outcome_.damaged.end()), outcome_.damaged.end());
     return std::move(outcome_);
@@ -63,8 +51,7 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
   const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(tiles_) * settings_.width, plane = row * settings_.height;
   const std::size_t element = settings_.bf16 ? 2 : 4;
   Report report;
-  pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
-    const double started = worker != 0 ? thread_seconds() : 0.0;
+  const double cpu_seconds = pool_.run(threads_, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
     auto* const scratch = reinterpret_cast<std::uint32_t*>(scratch_[worker].at(0));
     for (std::int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
       std::int64_t checked = -1;
@@ -91,9 +78,8 @@ Outcome Filler::fill_from(const Tile& tile, std::int64_t limit, std::span<const 
       }
     }
     std::atomic_thread_fence(std::memory_order_seq_cst);  // see TileKernel
-    if (worker != 0) report.spent(thread_seconds() - started);
   });
-  return report.result();
+  return report.result(cpu_seconds);
 }
 
 Outcome Filler::fill(const Records& records, std::span<const std::int64_t> sources, std::span<const float> table, void* out) {
@@ -143,16 +129,14 @@ Outcome Filler::decode(const Records& records, Encoding encoding, std::span<cons
       throw std::invalid_argument("an id or row is out of range");
   const auto count = static_cast<std::int64_t>(ids.size());
   Report report;
-  pool_.run(threads_, (count + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int worker) {
-    const double started = worker != 0 ? thread_seconds() : 0.0;
+  const double cpu_seconds = pool_.run(threads_, (count + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, int) {
     Decoder decoder(encoding, settings_.width * tiles_, settings_.height);
     for (std::int64_t i = task * kRowsPerTask; i < std::min(count, (task + 1) * kRowsPerTask); ++i) {
       const bool good = records.intact(ids[i]) && decoder.decode(records.bytes(ids[i]), &pictures[rows[i] * picture_bytes()]);
       if (!good) report.damaged(ids[i]);
     }
-    if (worker != 0) report.spent(thread_seconds() - started);
   });
-  return report.result();
+  return report.result(cpu_seconds);
 }
 
 }  // namespace pairclip::loader
