@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import time
 import warnings
@@ -36,6 +37,7 @@ def peer_streams(folders: dict[str, Path], *, rung: str, threads: int, batch_siz
     makers: list[tuple[str, str, Callable[..., tuple[Iterator[Tensor], Callable[[], None]]], tuple[str, ...], tuple[str, ...]]] = [
         ("DALI stock CPU operators", "nvidia.dali", dali_batches, ("raw", "png", "jpeg"), ("read", "normalise", "full")),
         ("webdataset + torchvision v2", "webdataset", webdataset_batches, ("raw", "png"), ("read", "normalise", "full")),
+        ("PyTorch DataLoader, as the report", "torchvision", dataloader_batches, ("raw",), ("normalise", "full")),
         ("torch, resident, compiled", "torch", resident_batches, ("raw",), ("normalise", "full")),
     ]
     for name, module, make, encodings, rungs in makers:
@@ -186,6 +188,50 @@ def webdataset_batches(
         warnings.simplefilter("ignore")
         loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=threads if len(tars) >= threads else 0))
     return loader, getattr(loader, "_shutdown_workers", lambda: None)
+
+
+class TilePictures(torch.utils.data.Dataset[Tensor]):
+    """The report's dataset: PIL pictures in memory, the tiles of a sample transformed one by one and stacked."""
+
+    def __init__(self, folder: Path, *, rung: str) -> None:
+        from PIL import Image
+        from torchvision import transforms
+
+        with ShardReader(folder, "train") as reader:
+            mean, std = reader.manifest.mean, reader.manifest.std
+            self._pictures = [[Image.fromarray(tile) for tile in tiles] for tiles in reader.tiles_of(np.arange(len(reader)))]
+        augmentation = [
+            transforms.RandomHorizontalFlip(FULL.flip_probability),
+            transforms.ColorJitter(FULL.brightness, FULL.contrast, FULL.saturation),
+            transforms.RandomRotation(FULL.rotate_degrees, interpolation=transforms.InterpolationMode.BILINEAR),
+        ]
+        scaled = transforms.Normalize([value / 255 for value in mean], [value / 255 for value in std])
+        self._transform = transforms.Compose([transforms.ToTensor(), *(augmentation if rung == "full" else []), scaled])
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.cat([self._transform(tile) for tile in self._pictures[index]], dim=2)
+
+
+def dataloader_batches(
+    folder: Path, *, encoding: str, rung: str, threads: int, batch_size: int
+) -> tuple[Iterator[Tensor], Callable[[], None]]:
+    """torch's DataLoader over `TilePictures`, as many worker processes as threads."""
+    del encoding
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = torch.utils.data.DataLoader(
+            TilePictures(folder, rung=rung),
+            batch_size=batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=threads,
+            persistent_workers=True,
+        )
+        endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    return endless, lambda: loader._iterator._shutdown_workers() if loader._iterator else None  # type: ignore[attr-defined]
 
 
 def resident_batches(
