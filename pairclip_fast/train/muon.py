@@ -25,19 +25,27 @@ TINY = 1e-7
 def orthogonalize(matrix: Float[Tensor, "rows columns"], *, iterations: int) -> Float[Tensor, "rows columns"]:
     """The matrix with its singular values moved to about 1 by Newton-Schulz iterations.
 
+    An iteration X -> p(X X') X multiplies from the left by a polynomial of the Gram matrix G = X X', and G goes to p(G) G p(G). So
+    the iterations run on Gram matrices, as small as the shorter side, and only the product of their polynomials meets X: half
+    of the arithmetic for a filter of 3x3 pixels, which is nine times as wide as high. The price: rounding errors of G in
+    directions that are weaker than they are grow twelvefold with each iteration, which after 3 still is nothing.
+
     Args:
         matrix: Any floating-point matrix; its scale does not matter.
-        iterations: Applications of the quintic; 3 suffice for momentum of a batch of hundreds, 5 for noisy gradients.
+        iterations: Applications of the quintic, 1 or more; 3 suffice for momentum of a batch of hundreds, 5 for noisy gradients.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + TINY)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    orthogonal: Tensor = x.T if tall else x
-    return orthogonal
+    gram, product = x @ x.T, x
+    for iteration in range(iterations):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if iteration == 0 else polynomial @ product
+        gram = polynomial @ (gram @ polynomial) if iteration + 1 < iterations else gram
+    orthogonal: Tensor = product @ x
+    return orthogonal.T if tall else orthogonal
 
 
 class MuonAdamW(torch.optim.AdamW):

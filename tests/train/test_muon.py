@@ -14,7 +14,7 @@ from pairclip_fast.config import LossConfig, ModelConfig, OptimizerConfig, TileC
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
 from pairclip_fast.train.loop import LossModule
-from pairclip_fast.train.muon import MuonAdamW, orthogonalize
+from pairclip_fast.train.muon import NEWTON_SCHULZ, MuonAdamW, orthogonalize
 from pairclip_fast.train.optimizer import build_optimizer, parameter_groups
 from pairclip_fast.train.precision import Precision
 
@@ -48,6 +48,23 @@ def test_singular_values_become_about_one(rows: int, columns: int, scale: float,
     strong = values > 0.05 * values[0]
     assert torch.all((core.diagonal()[strong] - 1).abs() < 0.4)
     assert (core - core.diagonal().diag()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (64, 27), (40, 40)])
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+def test_equals_the_iterations_as_they_are_defined(shape: tuple[int, int], iterations: int) -> None:
+    """X -> a X + (b G + c G^2) X with G = X X', in float64; singular values over four decades, in float32."""
+    rows, columns = shape
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -4, columns)
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix.double().T if rows > columns else matrix.double()
+    x = wide / wide.norm()
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = x.T if rows > columns else x
+    found = orthogonalize(matrix, iterations=iterations)
+    assert float((found - expected).norm() / expected.norm()) < (1e-5 if iterations <= 3 else 1e-3)
 
 
 def test_three_iterations_already_level_the_spectrum() -> None:
