@@ -1,6 +1,6 @@
 """Timing that the benchmarks share: interleaved repetitions, medians with spread, and a record of the machine.
 
-Shared and virtual machines drift by tens of per cent within minutes. So variants take turns (A B A B ...) instead of
+Shared and virtual machines drift by tens of per cent within minutes. So variants take turns (A B B A ...) instead of
 running one after the other, CPU time is kept beside wall time, the middle and the spread are reported instead of the
 best, and every record says where and with which versions it was made. Nothing here imports torch by itself.
 """
@@ -86,14 +86,15 @@ def measure(call: Callable[[], object], *, synchronize: Callable[[], object] | N
 def interleave(
     variants: Mapping[str, Callable[[], object]], *, repeats: int, synchronize: Callable[[], object] | None = None
 ) -> dict[str, list[Measurement]]:
-    """Time every variant `repeats` times, taking turns: A B C A B C ...
+    """Time every variant `repeats` times, taking turns, there and back: A B C C B A A B C ...
 
-    A slow minute of the machine then hits all variants alike, and the ratio of their medians stays fair.
+    A slow minute of the machine then hits all variants alike, and none always comes after one that leaves caches and memory in
+    a bad state for it: the ratio of their medians stays fair.
     """
     rows: dict[str, list[Measurement]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, call in variants.items():
-            rows[name].append(measure(call, synchronize=synchronize))
+    for repeat in range(repeats):
+        for name in list(variants)[:: -1 if repeat % 2 else 1]:
+            rows[name].append(measure(variants[name], synchronize=synchronize))
     return rows
 
 

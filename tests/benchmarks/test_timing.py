@@ -19,7 +19,7 @@ from pairclip_fast.telemetry.memory import reset_host_peak
 def test_variants_take_turns() -> None:
     calls: list[str] = []
     rows = timing.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "b", "b", "a", "a", "b"]
     assert {name: len(values) for name, values in rows.items()} == {"a": 3, "b": 3}
 
 
