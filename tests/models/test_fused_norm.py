@@ -177,6 +177,7 @@ def test_a_cumulative_average() -> None:
         torch.testing.assert_close(own, torchs, rtol=1e-5, atol=1e-5)
 
 
+@needs_native
 def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     batch_normed = Stage(3, 32, activation="silu", norm=nn.BatchNorm2d)
