@@ -9,7 +9,7 @@
 namespace pairclip::loader {
 namespace {
 
-constexpr std::size_t kMostKept = 4;  // as many as are on their way at once: one being filled, two ready, one in use
+constexpr std::size_t kMostKept = 4;  // two ready or being filled, one in use, one of partners that are mixed in
 
 }  // namespace
 
