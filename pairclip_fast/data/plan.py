@@ -103,7 +103,7 @@ class Plan:
         """
         first = cursor + self.rank * self.local_batch_size
         last = first + self.local_batch_size
-        if last <= self.num_samples:
+        if last <= self.num_samples:  # all but the last step of an epoch: a slice, a third of the time
             return self.order(epoch)[first:last].copy(), np.ones(self.local_batch_size, dtype=np.bool_)
         positions = np.arange(first, last)
         return self.order(epoch)[positions % self.num_samples], positions < self.num_samples
