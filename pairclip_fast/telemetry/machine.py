@@ -35,6 +35,12 @@ def cpu_model() -> str:
     return match.group(1).strip() if match else platform.processor() or platform.machine() or "unknown"
 
 
+def cpu_vendor() -> str:
+    """The processor's maker as CPUID spells it, "GenuineIntel" or "AuthenticAMD" for instance; empty where the kernel does not say."""
+    match = re.search(r"^vendor_id\s*:\s*(\S+)$", _cpu_info(), flags=re.MULTILINE)
+    return match.group(1) if match else ""
+
+
 def cpu_flags() -> frozenset[str]:
     """The kernel's flags of the first core; empty where it does not say."""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)

@@ -125,13 +125,15 @@ def test_a_processor_with_and_without_bf16(tmp_path: Path, monkeypatch: pytest.M
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(facts, "CPU_INFO", info)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
-    info.write_text("model name\t: Example 9000\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n")
+    info.write_text("vendor_id\t: ExampleMaker\nmodel name\t: Example 9000\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n")
     assert facts.cpu_model() == "Example 9000"
+    assert facts.cpu_vendor() == "ExampleMaker"
     assert machine.check_instructions().found == "AVX2, AVX-512, AVX-512 BF16, AMX"
     info.write_text("flags : fpu sse2\n")
     assert machine.check_instructions().status == "fallback"
     info.unlink()
     assert machine.check_instructions().found == "unknown"
+    assert facts.cpu_vendor() == ""
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000", None), ("150000 100000", 1.5), ("", None), ("1 0", None)])

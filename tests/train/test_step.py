@@ -281,15 +281,27 @@ def test_cuda_takes_bfloat16_only_where_it_is_native(
     assert choose_precision(torch.device("cuda", 0), amp=False, events=events).name == "fp32"
 
 
-@pytest.mark.parametrize(("amx", "avx", "expected"), [(True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")])
-def test_a_cpu_takes_bfloat16_only_with_instructions(
-    monkeypatch: pytest.MonkeyPatch, events: EventLog, amx: bool, avx: bool, expected: str
+@pytest.mark.parametrize(
+    ("vendor", "amx", "avx", "expected"),
+    [
+        ("GenuineIntel", True, True, "AMX"),
+        ("GenuineIntel", False, True, None),
+        ("GenuineIntel", False, False, None),
+        ("AuthenticAMD", False, True, "AVX-512 BF16"),
+        ("AuthenticAMD", False, False, None),
+        ("", False, True, "AVX-512 BF16"),
+    ],
+)
+def test_a_cpu_takes_bfloat16_only_with_instructions_that_pay(
+    monkeypatch: pytest.MonkeyPatch, events: EventLog, vendor: str, amx: bool, avx: bool, expected: str | None
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    assert choose_precision(torch.device("cpu"), amp=True, events=events).name == expected
-    assert len(events.fallbacks) == (expected == "fp32")
-    assert (precision.cpu_bf16_feature() is None) == (expected == "fp32")
+    monkeypatch.setattr(precision, "cpu_vendor", lambda: vendor)
+    assert precision.cpu_bf16_feature() == expected
+    chosen = choose_precision(torch.device("cpu"), amp=True, events=events)
+    assert chosen.name == ("bf16" if expected else "fp32")
+    assert [("AVX-512 BF16" in event["reason"]) for event in events.fallbacks] == ([] if expected else [avx])
 
 
 def test_only_fp16_scales_the_loss() -> None:
