@@ -15,6 +15,7 @@ from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train import run_folder
 from pairclip_fast.train.budget import within_budget
 from pairclip_fast.train.checkpoint import CheckpointStore, load
+from pairclip_fast.train.denormals import denormals_as_zeros
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes, join
 from pairclip_fast.train.evaluation import Evaluator, write_evaluation
@@ -45,14 +46,15 @@ def run_train(options: TrainOptions, *, events: EventLog | None = None) -> dict[
     Raises:
         PairclipError: the failures of `errors`, and `signals.InterruptedRunError` / `TerminatedRunError`.
     """
-    processes = join()
-    try:
-        chosen, result = agree_on_run(options, processes=processes)
-        if result is not None:
-            return result
-        return train(chosen, processes=processes, text_encoder=options.text_encoder or "auto", events=events)
-    finally:
-        processes.leave()
+    with denormals_as_zeros():
+        processes = join()
+        try:
+            chosen, result = agree_on_run(options, processes=processes)
+            if result is not None:
+                return result
+            return train(chosen, processes=processes, text_encoder=options.text_encoder or "auto", events=events)
+        finally:
+            processes.leave()
 
 
 def agree_on_run(options: TrainOptions, *, processes: Processes) -> tuple[Chosen, dict[str, Any] | None]:
