@@ -31,20 +31,23 @@ def cpu_quota() -> float | None:
 
 def cpu_model() -> str:
     """The processor's name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine() or "unknown"
+    return _first_core("model name") or platform.processor() or platform.machine() or "unknown"
 
 
 def cpu_vendor() -> str:
     """The processor's maker as CPUID spells it, "GenuineIntel" or "AuthenticAMD" for instance; empty where the kernel does not say."""
-    match = re.search(r"^vendor_id\s*:\s*(\S+)$", _cpu_info(), flags=re.MULTILINE)
-    return match.group(1) if match else ""
+    return _first_core("vendor_id")
 
 
 def cpu_flags() -> frozenset[str]:
     """The kernel's flags of the first core; empty where it does not say."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)
-    return frozenset(match.group(1).split()) if match else frozenset()
+    return frozenset((_first_core("flags") or _first_core("Features")).split())
+
+
+def _first_core(field: str) -> str:
+    """What the kernel says of the first core; empty if nothing."""
+    match = re.search(rf"^{field}\s*:\s*(.+)$", _cpu_info(), flags=re.MULTILINE)
+    return match.group(1).strip() if match else ""
 
 
 def _cpu_info() -> str:

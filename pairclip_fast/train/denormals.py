@@ -1,9 +1,9 @@
 """Denormal numbers count as zero while a run trains on a CPU.
 
-Below 1.2e-38 float32 keeps numbers with fewer and fewer digits, and processors hand arithmetic on them to microcode. Saturated
-attention and GELU's tails fill a transformer with them: a run of `enhanced` in float32 slowed down from 55 to 20 pairs per second
-until its third epoch, all of it in matrix products, and its checkpoint of that epoch trained on at 65 with denormals as zeros (two
-cores with AVX-512). What is lost is far below the rounding errors of the sums that such numbers enter. GPUs' fast arithmetic does the same.
+Below 1.2e-38 float32 keeps numbers with fewer and fewer digits, and processors hand arithmetic on them to microcode. Attention
+that is sure of itself and GELU's tails can make them by the million. Seen in one float32 run of `enhanced` (`benchmarks/accuracy.py`, two
+cores with AVX-512): 55 pairs per second fell to about 20 until the third epoch, the time went into matrix products, and the same
+checkpoint trained on at 65 with denormals as zeros. What is lost is far below the rounding of the sums that such numbers enter.
 """
 
 from __future__ import annotations

@@ -83,9 +83,9 @@ def choose_precision(device: torch.device, *, amp: bool, events: EventLog) -> Pr
 def cpu_bf16_feature() -> str | None:
     """Name of the CPU's bfloat16 instructions, or None if it has none that beat float32's.
 
-    AMX multiplies several times as fast as float32. AVX-512 BF16's `VDPBF16PS` does twice the work of a float32 multiply-add; on an
-    Emerald Rapids whose AMX was masked it took four times as long (12 independent chains of each), torch's bfloat16 product of two
-    2,048 x 2,048 matrices had half of float32's rate, and a step of `vit` took 1.6 times as long as in float32. AMD's was not measured.
+    AMX multiplies several times as fast as float32. AVX-512 BF16's `VDPBF16PS` does twice the work of a float32 multiply-add, and took
+    four times as long as one on an Emerald Rapids whose AMX was masked: a step of `vit` took 1.6 times as long as in float32
+    (`benchmarks/records/train-step-avx512-bf16-cpu.json`). AMD's processors were not measured.
     """
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
