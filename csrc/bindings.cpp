@@ -16,7 +16,8 @@ void bind(nb::module_& module);
 NB_MODULE(_native, module) {
   module.doc() = "C++ core of pairclip-fast; `pairclip_fast.native` is its one importer.";
   module.def(
-      "isa", [] { return pairclip::name(pairclip::best_level()); }, "Instruction set in use: portable, avx2, avx512 or amx.");
+      "isa", [] { return pairclip::name(pairclip::best_level()); },
+      "Instruction set in use: portable, avx2, avx512, avx512_bf16 or amx.");
   nb::module_ kernels = module.def_submodule("kernels");
   pairclip::kernels::bind(kernels);
   nb::module_ tower = module.def_submodule("tower");

@@ -82,14 +82,15 @@ class WeightGradientTask {
         const bf16* right = paired(distance % 2, j) + std::int64_t{distance / 2} * kBlock;
         for (int i = 0; i < call_.output_blocks(); ++i, sums += kBlockNumbers) {
           const bf16* left = gradients_ + std::int64_t{i} * pixels_ * kBlock;
+          Tiles tiles;
           if (first) {
-            Tiles::clear();
+            tiles.clear();
           } else {
-            Tiles::load(sums, kBlock);
+            tiles.load(sums, kBlock);
           }
           for (int k = 0; k < strips; ++k)
-            Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers / 2, false, pairs() * kBlock * sizeof(bf16));
-          Tiles::store(sums, kBlock);
+            tiles.multiply(left + k * kBlockNumbers, right + k * kBlockNumbers / 2, false, pairs() * kBlock * sizeof(bf16));
+          tiles.store(sums, kBlock);
         }
       }
     }

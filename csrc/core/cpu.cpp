@@ -12,7 +12,7 @@
 namespace pairclip {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 // Linux: arch/x86/include/uapi/asm/prctl.h. Tile data is 8 KB of state per thread, which the kernel hands out on request.
@@ -21,15 +21,20 @@ constexpr int kTileData = 18;
 
 bool tiles_permitted() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0; }
 
-// CPUID leaf 7 (Intel SDM, volume 2A, CPUID): AMX-BF16 is EDX bit 22, AMX-TILE bit 24; AVX512_BF16 is EAX bit 5 of subleaf 1.
+// CPUID leaf 7 (Intel SDM, volume 2A, CPUID): AVX512_BF16 is EAX bit 5 of subleaf 1; AMX-BF16 is EDX bit 22, AMX-TILE bit 24.
 // Compilers of 2022 do not know these names in __builtin_cpu_supports.
-bool has_amx() {
+bool has_pair_products() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-  return tiles && (a >> 5 & 1) && tiles_permitted();
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
+
+bool has_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && tiles_permitted();
+}
+
+// Intel's vdpbf16ps takes four times as long as a float32 multiply-add and does twice its work; AMD's takes as long as one.
+bool is_intel() { return __builtin_cpu_is("intel"); }
 #endif
 
 Level supported() {
@@ -44,8 +49,11 @@ Level supported() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     level = Level::avx512;
 #endif
+#if defined(PAIRCLIP_BUILT_avx512_bf16)
+  if (level == Level::avx512 && has_pair_products() && !is_intel()) level = Level::avx512_bf16;
+#endif
 #if defined(PAIRCLIP_BUILT_amx)
-  if (level == Level::avx512 && has_amx()) level = Level::amx;
+  if (level >= Level::avx512 && has_pair_products() && has_tiles()) level = Level::amx;
 #endif
 #endif
   return level;

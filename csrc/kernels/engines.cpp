@@ -13,6 +13,10 @@ const Engine& of_level(Level level, Element type) {
     case Level::amx:
       return amx::tile_engine(type);
 #endif
+#if defined(PAIRCLIP_BUILT_avx512_bf16)
+    case Level::avx512_bf16:
+      return avx512_bf16::tile_engine(type);
+#endif
 #if defined(PAIRCLIP_BUILT_avx512)
     case Level::avx512:
       return avx512::fma_engine();

@@ -73,14 +73,14 @@ constexpr Pair kPairs<1>[] = {{0, 0}};
 
 // Adds these products to the 32 x 32 sums; `meanwhile()` is work for the vector unit.
 template <int Parts, class Meanwhile>
-[[gnu::always_inline]] inline void multiply(Factor left, Factor right, int steps, const Meanwhile& meanwhile) {
+[[gnu::always_inline]] inline void multiply(Tiles& tiles, Factor left, Factor right, int steps, const Meanwhile& meanwhile) {
   for (int step = 0; step < steps; ++step) {
     Pair loaded{-1, -1};
 #pragma GCC unroll 6
     for (const Pair pair : kPairs<Parts>) {
-      if (pair.right != loaded.right) Tiles::right(right.at(pair.right, step));
-      if (pair.left != loaded.left) Tiles::left(left.at(pair.left, step));
-      Tiles::multiply();
+      if (pair.right != loaded.right) tiles.right(right.at(pair.right, step));
+      if (pair.left != loaded.left) tiles.left(left.at(pair.left, step));
+      tiles.multiply();
       loaded = pair;
     }
     meanwhile();
@@ -92,8 +92,7 @@ struct TileProducts {
   static constexpr int kRows = 32;
   static constexpr int kTile = 256;  // of depth 512: 256 KB a part
   static constexpr int kWidth = 32;
-  static constexpr const char* kPrecision =
-      Parts == 1 ? "bfloat16 tiles, float32 sums" : "six products of bfloat16 tiles (24 bits)";
+  static constexpr const char* kPrecision = Parts == 1 ? Tiles::kPrecision : "six products of bfloat16 tiles (24 bits)";
 
   static int steps(int depth) { return (depth + 31) / 32; }
   static std::size_t part_bytes(int depth) { return 2 * kTileBytes * static_cast<std::size_t>(steps(depth)); }
@@ -207,13 +206,14 @@ struct TileProducts {
                         part_bytes(step.depth)};
       const float* last = scores[first / kWidth % 2 ^ 1];
       int row = first == 0 ? step.rows : 0;
-      Tiles::clear();
-      multiply<Parts>(queries, keys, depth_steps, [&]() __attribute__((always_inline)) {
+      Tiles tiles;
+      tiles.clear();
+      multiply<Parts>(tiles, queries, keys, depth_steps, [&]() __attribute__((always_inline)) {
         const int end = row + rows_at_once < step.rows ? row + rows_at_once : step.rows;
         if (row < end) use(Part{last, first - kWidth, row, end});
         row = end;
       });
-      Tiles::store(scores[first / kWidth % 2], kWidth);
+      tiles.store(scores[first / kWidth % 2], kWidth);
     }
     const int first = (step.captions - 1) / kWidth * kWidth;
     use(Part{scores[first / kWidth % 2], first, 0, step.rows});
@@ -223,9 +223,10 @@ struct TileProducts {
     for (int column = 0; column < steps(step.depth); ++column) {
       const Factor values{static_cast<const char*>(step.values) + column * Parts * part_bytes(kTile), part_bytes(kTile)};
       mean.panel(column * kWidth, [&](float* to, std::ptrdiff_t stride) {
-        Tiles::load(to, stride);
-        multiply<Parts>(weights.factor(), values, steps(step.captions), [] {});
-        Tiles::store(to, stride);
+        Tiles tiles;
+        tiles.load(to, stride);
+        multiply<Parts>(tiles, weights.factor(), values, steps(step.captions), [] {});
+        tiles.store(to, stride);
       });
     }
   }

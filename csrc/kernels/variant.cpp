@@ -54,7 +54,17 @@ constexpr Engine engine(const Engine* fallback) {
 
 constexpr Engine kFma = engine<FmaProducts>(nullptr);
 constexpr Engine kNarrowTiles = engine<TileProducts<1>>(nullptr);
-constexpr Engine kWideTiles = engine<TileProducts<3>>(&kFma);
+
+// Six products are worth it if they take less than a multiply-add; what they cannot represent is left to multiply-adds.
+template <class Kind>
+constexpr Engine float32_engine() {
+  if constexpr (Kind::kRate > 6) {
+    return engine<TileProducts<3>>(&kFma);
+  } else {
+    return kFma;
+  }
+}
+constexpr Engine kWideTiles = float32_engine<Tiles>();
 
 }  // namespace
 

@@ -18,9 +18,10 @@ struct BlockGrid {
 
 template <int Rows, int Columns>
 void product_block(const bf16* left, const bf16* right, int depth, float* out, int stride) {
-  Tiles::clear<Rows, Columns>();
-  for (int k = 0; k < depth; ++k) Tiles::multiply<Rows, Columns>(left + k * kBlockNumbers, right + k * kBlockNumbers);
-  Tiles::store<Rows, Columns>(out, stride);
+  Tiles tiles;
+  tiles.clear<Rows, Columns>();
+  for (int k = 0; k < depth; ++k) tiles.multiply<Rows, Columns>(left + k * kBlockNumbers, right + k * kBlockNumbers);
+  tiles.store<Rows, Columns>(out, stride);
 }
 
 // out[rows][columns] with rows of `right.rows` blocks; `rows` and `columns` count in tiles of sixteen.

@@ -43,6 +43,7 @@ struct Engine {
   const Engine& engine();               \
   }
 PAIRCLIP_DECLARE_TOWER(portable)
+PAIRCLIP_DECLARE_TOWER(avx512_bf16)
 PAIRCLIP_DECLARE_TOWER(amx)
 #undef PAIRCLIP_DECLARE_TOWER
 

@@ -46,16 +46,17 @@ void multiply(const Product& product, Depth depth, Finish finish) {
     for (int strip = 0; strip < product.strips; ++strip) {
       const bf16* left = product.left + strip * left_stride + static_cast<std::size_t>(depth.left) * kBlockNumbers;
       float* sums = product.sums + (static_cast<std::size_t>(panel) * kMostStrips + strip) * kBlockNumbers;
+      Tiles tiles;
       if (depth.first) {
-        Tiles::clear();
+        tiles.clear();
       } else {
-        Tiles::load(sums, kBlock);
+        tiles.load(sums, kBlock);
       }
       const char* next = reinterpret_cast<const char*>(right + weight_stride) + strip * lines_per_step * 64;
       int row = waiting >= 0 ? 0 : kBlock;
       for (int k = 0; k < depth.blocks; ++k) {
         for (int line = 0; line < lines_per_step; ++line) prefetch(next + k * kBlockNumbers * 2 + line * 64);
-        Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
+        tiles.multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
         if (row < kBlock) {
           const int end = row + rows_per_step < kBlock ? row + rows_per_step : kBlock;
           finish_rows(row, end);
@@ -63,10 +64,10 @@ void multiply(const Product& product, Depth depth, Finish finish) {
         }
       }
       if (depth.last) {
-        Tiles::store(finished[turn], kBlock);
+        tiles.store(finished[turn], kBlock);
         waiting = 0, waiting_strip = strip, waiting_panel = panel, turn ^= 1;
       } else {
-        Tiles::store(sums, kBlock);
+        tiles.store(sums, kBlock);
       }
     }
   }

@@ -81,8 +81,11 @@ void add_weight_gradients(Run& run, const Engine& engine, const Pass& pass, int 
 
 std::vector<std::string> engine_names() {
   std::vector<std::string> names{"emulated"};
+#if defined(PAIRCLIP_BUILT_avx512_bf16)
+  if (best_level() >= Level::avx512_bf16) names.emplace_back(name(Level::avx512_bf16));
+#endif
 #if defined(PAIRCLIP_BUILT_amx)
-  if (best_level() == Level::amx) names.emplace_back("amx");
+  if (best_level() >= Level::amx) names.emplace_back(name(Level::amx));
 #endif
   return names;
 }
@@ -96,8 +99,11 @@ Activation activation(const std::string& name) {
 
 const Engine& engine(const std::string& name) {
   if (name == "emulated") return portable::engine();
+#if defined(PAIRCLIP_BUILT_avx512_bf16)
+  if (name == pairclip::name(Level::avx512_bf16) && best_level() >= Level::avx512_bf16) return avx512_bf16::engine();
+#endif
 #if defined(PAIRCLIP_BUILT_amx)
-  if (name == "amx" && best_level() == Level::amx) return amx::engine();
+  if (name == pairclip::name(Level::amx) && best_level() >= Level::amx) return amx::engine();
 #endif
   throw std::invalid_argument("tower: no engine named '" + name + "' here");
 }

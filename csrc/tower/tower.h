@@ -8,7 +8,7 @@
 
 namespace pairclip::tower {
 
-// The names that `engine` takes here, best last: "emulated", with tiles in software, and "amx" where there are tiles.
+// The names that `engine` takes here, best last: "emulated", with tiles in software, and the levels that multiply bfloat16.
 std::vector<std::string> engine_names();
 
 // Throws std::invalid_argument for a name that is not among them.

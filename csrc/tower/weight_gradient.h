@@ -65,23 +65,24 @@ class WeightGradientTask {
       const bf16 *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
                  *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
       const int until = wanted * (pair + 1) / pairs;
+      Tiles tiles;
       if (first) {
-        Tiles::clear();
+        tiles.clear();
       } else {
-        Tiles::load(sums, kBlock);
+        tiles.load(sums, kBlock);
       }
       for (int k = 0; k < strips; ++k) {
         for (int line = k * lines; line < (k + 1) * lines; ++line)
           __builtin_prefetch(sums + kBlockNumbers + line * (kBlock / 2), 1, 3);
         if (fetched < until) fetch(next.begin, fetched++);
-        Tiles::multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
+        tiles.multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
       }
       if (next.begin < next.end) {
-        Tiles::store(sums, kBlock);
+        tiles.store(sums, kBlock);
       } else {
-        Tiles::store(call_.weight + (call_.outputs.begin + i) * static_cast<std::size_t>(kBlock) * stride +
-                         (call_.depth.begin + j) * kBlock,
-                     stride);
+        tiles.store(call_.weight + (call_.outputs.begin + i) * static_cast<std::size_t>(kBlock) * stride +
+                        (call_.depth.begin + j) * kBlock,
+                    stride);
       }
     }
   }

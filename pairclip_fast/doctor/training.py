@@ -159,18 +159,19 @@ def check_kernels() -> Check:
 
 def check_blocks() -> Check:
     """What trains transformer blocks with `--amp`."""
-    import torch
 
-    from pairclip_fast.models.tower import ENGINE, why_not_here
+    from pairclip_fast.models.tower import best_engine, why_not_here
+    from pairclip_fast.train.precision import cpu_bf16_feature
 
     topic, device = "transformer blocks", training_device()
     if device != "cpu":
         return Check(topic=topic, status="ok", found="torch", reason=f"nothing of our own for {device}")
     reason = why_not_here()
     if reason is None:
-        return Check(topic=topic, status="ok", found=f"all at once in C++ ({ENGINE}), with --amp")
-    if torch.cpu._is_amx_tile_supported():
-        return Check(topic=topic, status="fallback", found="torch", reason=reason, fix="let the extension use AMX: see CONTRIBUTING.md")
+        return Check(topic=topic, status="ok", found=f"all at once in C++ ({best_engine()}), with --amp")
+    if cpu_bf16_feature():
+        fix = "build the extension, and leave PAIRCLIP_ISA unset: see CONTRIBUTING.md"
+        return Check(topic=topic, status="fallback", found="torch", reason=reason, fix=fix)
     return Check(topic=topic, status="ok", found="torch", reason=reason)
 
 

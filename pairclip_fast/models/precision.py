@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BF16_SETS = ("amx", "avx512_bf16")
+"""Instruction sets of the C++ extension that multiply bfloat16 faster than float32, best first."""
+
 
 def why_not_ours(*, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> str | None:
     """The reason why no such pass will come; None if it will.

@@ -1,4 +1,4 @@
-"""Training a stack of transformer blocks on a CPU with matrix tiles (AMX): one autograd function in C++ (`csrc/tower`).
+"""Training a stack of transformer blocks on a CPU that multiplies bfloat16 fast: one autograd function in C++ (`csrc/tower`).
 
 Activations, and the residual stream too, are bfloat16 with float32 sums, statistics and parameters; the gradients of the
 parameters are float32 and as near to float32's as autocast's are. All that the backward pass needs lies in one workspace,
@@ -19,10 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Block
-from pairclip_fast.models.precision import trains_in_bfloat16, why_not_ours
+from pairclip_fast.models.precision import BF16_SETS, trains_in_bfloat16, why_not_ours
 from pairclip_fast.native import native
 
-ENGINE = "amx"
 BLOCK = 32
 """Widths of heads and MLPs are multiples of it: two tiles."""
 MOST_FREE = 2
@@ -66,7 +65,7 @@ def implementation(
     reason = elsewhere or ("activations are recomputed" if recompute else None) or why_not_here() or _why_not(blocks)
     if reason is not None:
         return Implementation("torch", reason)
-    return Implementation("cpp", f"C++, {ENGINE}, bfloat16 tiles, float32 sums")
+    return Implementation("cpp", f"C++, {best_engine()}, bfloat16 products, float32 sums")
 
 
 def why_not_here() -> str | None:
@@ -74,7 +73,12 @@ def why_not_here() -> str | None:
     found = native()
     if found.module is None:
         return found.reason
-    return None if ENGINE in found.module.tower.engines() else f"no matrix tiles ({found.module.isa()})"
+    return None if best_engine() else f"no fast bfloat16 products ({found.module.isa()})"
+
+
+def best_engine() -> str | None:
+    """The instruction set that trains blocks on this machine, given the extension; None if there is none that pays."""
+    return next((name for name in BF16_SETS if name in native().module.tower.engines()), None)
 
 
 def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
@@ -97,7 +101,7 @@ def run(
     """
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads())
-    result: Tensor = _Tower.apply(tokens.float(), sizes, engine or ENGINE, *parameters)
+    result: Tensor = _Tower.apply(tokens.float(), sizes, engine or best_engine(), *parameters)
     return result.to(tokens.dtype)
 
 

@@ -26,7 +26,7 @@ from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
 from pairclip_fast.train.loop import LossModule, Trainee
-from pairclip_fast.train.precision import choose_precision, cpu_bf16_feature
+from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.resizing import Phase
 from pairclip_fast.train.setup import BANK, Parts, build_trainee, used_bank
 from pairclip_fast.train.work import RunWork
@@ -160,9 +160,9 @@ def _autocast(parts: Parts) -> torch.dtype | None:
 
 def tell_slower_blocks(parts: Parts, blocks: Implementation, *, compiled: bool, events: EventLog) -> None:
     """One event if this processor could train the blocks faster than they will be, and nobody asked for that."""
-    could = parts.placement.device.type == "cpu" and parts.precision.name == "bf16" and cpu_bf16_feature() == "AMX"
+    could = parts.placement.device.type == "cpu" and parts.precision.name == "bf16"
     if could and blocks.name == "torch" and not (compiled or parts.config.train.recompute):
-        events.fallback("transformer blocks on AMX", chosen="torch", reason=blocks.reason)
+        events.fallback("transformer blocks in C++", chosen="torch", reason=blocks.reason)
 
 
 def count_work(parts: Parts, module: LossModule, *, phases: Sequence[Phase]) -> RunWork:

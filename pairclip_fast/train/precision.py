@@ -83,9 +83,10 @@ def choose_precision(device: torch.device, *, amp: bool, events: EventLog) -> Pr
 def cpu_bf16_feature() -> str | None:
     """Name of the CPU's bfloat16 instructions, or None if it has none that beat float32's.
 
-    AMX multiplies several times as fast as float32. AVX-512 BF16's `VDPBF16PS` does twice the work of a float32 multiply-add, and took
-    four times as long as one on an Emerald Rapids whose AMX was masked: a step of `vit` took 1.6 times as long as in float32
-    (`benchmarks/records/train-step-avx512-bf16-cpu.json`). AMD's processors were not measured.
+    AMX multiplies several times as fast as float32. AVX-512 BF16's `VDPBF16PS` does twice the work of a float32 multiply-add. On an
+    Emerald Rapids whose AMX was masked it took four times as long as one: a step of `vit` took 1.6 times as long as in float32
+    (`benchmarks/records/train-step-avx512-bf16-cpu.json`). On AMD's Zen 5 it takes no longer than one, and torch's float32 is slow
+    there: plain torch's step of `vit` took half of the time (`benchmarks/records/train-step-amd-cpu.json`).
     """
     if torch.cpu._is_amx_tile_supported():
         return "AMX"

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from pairclip_fast.models.precision import BF16_SETS
 from pairclip_fast.native import native
+from pairclip_fast.train.precision import cpu_bf16_feature
 
-ISA = ("portable", "avx2", "avx512", "amx")
+ISA = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def isa_in_a_new_process(**environment: str) -> str:
@@ -38,3 +40,9 @@ def test_the_instruction_set_can_be_lowered_but_never_raised() -> None:
     assert isa_in_a_new_process(PAIRCLIP_ISA="portable") == "portable"
     assert isa_in_a_new_process(PAIRCLIP_ISA="amx") == best
     assert isa_in_a_new_process(PAIRCLIP_ISA="no such set") == best
+
+
+def test_the_extension_and_amp_agree_on_where_bfloat16_pays() -> None:
+    if native().module is None:
+        pytest.skip(native().reason)
+    assert (native().module.isa() in BF16_SETS) == (cpu_bf16_feature() is not None)

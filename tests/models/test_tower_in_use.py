@@ -25,8 +25,8 @@ CONFIGS = [
 
 @pytest.fixture(autouse=True)
 def _in_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this machine had tiles."""
-    monkeypatch.setattr(tower, "ENGINE", "emulated")
+    """As if this machine had AMX."""
+    monkeypatch.setattr(tower, "BF16_SETS", ("emulated",))
 
 
 def model_of(config: ViTConfig | TileViTConfig) -> PairEncoder:
@@ -97,14 +97,14 @@ def test_the_choice_has_a_reason() -> None:
         found = tower.implementation(given, device=device, autocast=dtype, **settings)
         return f"{found.name} ({found.reason})"
 
-    assert chosen() == "cpp (C++, emulated, bfloat16 tiles, float32 sums)"
+    assert chosen() == "cpp (C++, emulated, bfloat16 products, float32 sums)"
     assert chosen(None) == "none (the encoder is no transformer)"
     assert chosen(device=torch.device("cuda")) == "torch (nothing of our own for cuda)"
     assert chosen(dtype=None) == "torch (not under bfloat16 autocast)"
     assert chosen(recompute=True) == "torch (activations are recomputed)"
     assert chosen(compiled=True) == "torch (compiled by torch)"
-    with mock.patch.object(tower, "ENGINE", "a newer one"):
-        assert chosen().startswith("torch (no matrix tiles (")
+    with mock.patch.object(tower, "BF16_SETS", ("a newer one",)):
+        assert chosen().startswith("torch (no fast bfloat16 products (")
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
