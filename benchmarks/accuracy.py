@@ -27,7 +27,7 @@ from pairclip_fast.config import preset_names, read_toml
 from pairclip_fast.data.manifest import Manifest, read_manifest
 from pairclip_fast.errors import ConfigError, PairclipError, printable
 from pairclip_fast.events import Event, EventLog, last_attempts, read_events
-from pairclip_fast.openmp import sleep_while_waiting
+from pairclip_fast.openmp import spin_briefly
 from pairclip_fast.storage import write_atomic
 from pairclip_fast.train.options import TrainOptions
 
@@ -147,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Train what is missing, print the table, write the record; the exit codes are those of `pairclip-fast`."""
     asked, rows = arguments(words), []
     keep_freed_memory()
-    sleep_while_waiting()
+    spin_briefly()
     base = TrainOptions(epochs=asked.epochs, config=asked.config, amp=True, resume=True)
     code = 0
     try:

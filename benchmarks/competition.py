@@ -26,7 +26,7 @@ from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import preset_names
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
-from pairclip_fast.openmp import VARIABLE, sleep_while_waiting
+from pairclip_fast.openmp import CHOICES, spin_briefly
 
 DATA_PAIRS = 1_024
 BUSY = "while True: pass"
@@ -114,7 +114,7 @@ def main(words_given: Sequence[str] | None = None) -> int:
     """Verify, time, print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words_given), EventLog()
     keep_freed_memory()  # as the command line does
-    sleep_while_waiting()
+    spin_briefly()
     import torch
     from step_variants import OurStep, Step, plain_steps, verify
     from training_rows import Bench
@@ -122,8 +122,8 @@ def main(words_given: Sequence[str] | None = None) -> int:
     from pairclip_fast.train.setup import build_trainee, train_loader
 
     threads = torch.get_num_threads()
-    policy = os.environ.get(VARIABLE, "the library's")
-    events.say(f"threads: {threads}, as many busy programs; {VARIABLE}: {policy}")
+    waiting = {name: os.environ[name] for name in CHOICES if name in os.environ}
+    events.say(f"threads: {threads}, as many busy programs; waiting: {waiting}")
     try:
         config = configuration(asked.preset, batch_size=asked.batch_size)
         with tempfile.TemporaryDirectory(prefix="pairclip-competition-") as folder, contextlib.closing(BusyPrograms(threads)) as programs:
@@ -140,7 +140,7 @@ def main(words_given: Sequence[str] | None = None) -> int:
         return error.exit_code
     print("\n".join(words(rows)))
     if asked.json:
-        settings = {"preset": asked.preset, "repeats": asked.repeats, "threads": threads, "omp_wait_policy": policy}
+        settings = {"preset": asked.preset, "repeats": asked.repeats, "threads": threads, "waiting": waiting}
         timing.write_record(asked.json, name="competition", rows=rows, settings=settings)
     return 0
 

@@ -31,7 +31,7 @@ from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
-from pairclip_fast.openmp import sleep_while_waiting
+from pairclip_fast.openmp import spin_briefly
 from pairclip_fast.storage import write_atomic
 from pairclip_fast.telemetry.machine import usable_cores
 
@@ -162,7 +162,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Plan, measure (or read records), print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words), EventLog()
     keep_freed_memory()  # as the command line does
-    sleep_while_waiting()
+    spin_briefly()
     rows: list[EpochRow] = []
     code, cuda = 0, False
     try:

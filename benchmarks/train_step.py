@@ -29,7 +29,7 @@ from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
-from pairclip_fast.openmp import sleep_while_waiting
+from pairclip_fast.openmp import spin_briefly
 
 DEFAULT_PRESETS = ("enhanced", "vit", "fast")
 DATA_PAIRS = 1_024
@@ -168,7 +168,7 @@ def main(words_given: Sequence[str] | None = None) -> int:
     """Verify, time, print, record; the exit codes are those of `pairclip-fast`."""
     asked, events = arguments(words_given), EventLog()
     keep_freed_memory()  # as the command line does
-    sleep_while_waiting()
+    spin_briefly()
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)  # read when torch's profiler is loaded
     import torch
     from training_rows import Bench

@@ -21,7 +21,7 @@ from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
-from pairclip_fast.openmp import sleep_while_waiting
+from pairclip_fast.openmp import spin_briefly
 from pairclip_fast.text.options import EmbedOptions
 from pairclip_fast.train.options import EvalOptions, TrainOptions
 
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     prepare_terminal()
     keep_freed_memory()
-    sleep_while_waiting()
+    spin_briefly()
     try:
         if words == ["--version"]:
             print(__version__)

@@ -1,9 +1,12 @@
-"""Let torch's idle OpenMP threads sleep instead of spin.
+"""Let torch's idle OpenMP threads look out for work for a moment, and then sleep.
 
-GNU OpenMP, which torch uses, spins after every parallel region in case the next one comes soon. Where something else wants
-the cores too (another process, the loader's workers, our own C++ threads) the spinning takes them away from those who work,
-and each barrier then costs a turn of the scheduler: steps became several times slower. Sleeping costs some microseconds per
-region. It is a decision for a whole process, and is read when torch is loaded, so the programs make it (the command line, the
+GNU OpenMP, which torch uses, spins for some milliseconds after every parallel region in case the next one comes soon. Where something
+else wants the cores too (another process, the loader's workers, our own C++ threads) the spinning takes them away from those who
+work, and each barrier then costs a turn of the scheduler: steps became several times slower. Going to sleep at once has its price
+as well: a training step has a thousand short regions, and waking a thread takes longer than many of them. So threads spin for
+about as long as waking takes (`benchmarks/competition.py`: a step alone and beside busy programs).
+
+It is a decision for a whole process, and is read when torch is loaded, so the programs make it (the command line, the
 benchmarks), not the library.
 """
 
@@ -12,18 +15,19 @@ from __future__ import annotations
 import os
 import sys
 
-VARIABLE = "OMP_WAIT_POLICY"
-CHOICES = (VARIABLE, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+"""Sleep, says OpenMP's own variable. GNU's takes a number before it: looks at a flag, some 20 microseconds (libgomp's estimate)."""
+CHOICES = (*SETTINGS, "KMP_BLOCKTIME")
 """With one of these set, the user has chosen."""
 
 
-def sleep_while_waiting() -> bool:
-    """Ask OpenMP to sleep at barriers. Call it before torch is imported.
+def spin_briefly() -> bool:
+    """Ask OpenMP to spin for a moment at barriers before it sleeps. Call it before torch is imported.
 
     Returns:
         Whether it will be heard: not when the environment chooses already, nor when torch is there.
     """
     if "torch" in sys.modules or any(name in os.environ for name in CHOICES):
         return False
-    os.environ[VARIABLE] = "PASSIVE"
+    os.environ |= SETTINGS
     return True

@@ -28,18 +28,36 @@ void expect(bool fits, const char* what) {
 
 bf16* numbers(const Pictures& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
 
-// `pixels` has the shape that the convolution gave, `kept` that of the result.
-Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const std::string& name) {
+Layer layer_of(const Pictures& pixels, bool pooled, const std::string& name) {
   const Layer found{static_cast<int>(pixels.shape(0)),
                     static_cast<int>(pixels.shape(1)),
                     static_cast<int>(pixels.shape(2)),
                     static_cast<int>(pixels.shape(3)),
-                    places.has_value(),
+                    pooled,
                     tower::activation(name)};
-  expect(found.channels > 0 && found.channels % kBlock == 0 && found.count() > 0,
-         "channels are a multiple of 32, and there are pixels");
+  expect(found.channels > 0 && found.count() > 0, "there are channels and pixels");
+  return found;
+}
+
+// `pixels` has the shape that the convolution gave, `kept` that of the result.
+Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const std::string& name) {
+  const Layer found = layer_of(pixels, places.has_value(), name);
+  expect(found.channels % kBlock == 0, "channels are a multiple of 32");
   const std::size_t size = static_cast<std::size_t>(found.pictures) * found.kept_picture();
   expect(kept.size() == size && (!places || places->size() == size), "wrong number of pixels");
+  return found;
+}
+
+// The same for normalisation over channels: what is kept of pooled pixels is padded to whole rows.
+Layer channel_layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const Pictures& result,
+                    const std::string& name) {
+  const Layer found = layer_of(pixels, places.has_value(), name);
+  expect(found.channels <= kMostNormChannels, "there are too many channels");
+  const std::size_t count = static_cast<std::size_t>(found.count()), blocks = (found.channels + kBlock - 1) / kBlock;
+  expect(result.size() == count * found.channels, "wrong number of pixels");
+  const bool fits =
+      places ? kept.size() == count * blocks * kBlock && places->size() == kept.size() : kept.size() == pixels.size();
+  expect(fits, "wrong number of kept pixels");
   return found;
 }
 
@@ -109,6 +127,38 @@ void bind(nb::module_& module) {
       nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient"), nb::arg("weight"), nb::arg("bias"),
       nb::arg("kept"), nb::arg("places").none(), nb::arg("mean"), nb::arg("variance"), nb::arg("result"),
       nb::arg("weight_gradient"), nb::arg("bias_gradient"));
+  module.def(
+      "channel_forward",
+      [](const std::string& name, int threads, float epsilon, Pictures pixels, PerChannel weight, PerChannel bias, Pictures kept,
+         std::optional<Places> places, Pictures result) {
+        const Layer found = channel_layer(pixels, kept, places, result, name);
+        expect(threads > 0, "there are threads");
+        const Forward pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
+        const Affine affine{of(found, weight), of(found, bias), epsilon};
+        const nb::gil_scoped_release released;
+        channel_forward(found, pass, affine, threads);
+      },
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels"), nb::arg("weight"), nb::arg("bias"),
+      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"));
+  module.def(
+      "channel_backward",
+      [](const std::string& name, int threads, float epsilon, Pictures gradient, PerChannel weight, PerChannel bias,
+         Pictures kept, std::optional<Places> places, Pictures result, PerChannel weight_gradient, PerChannel bias_gradient) {
+        const Layer found = channel_layer(result, kept, places, gradient, name);
+        expect(threads > 0, "there are threads");
+        const Backward pass{.gradient = numbers(gradient),
+                            .kept = numbers(kept),
+                            .places = places ? places->data() : nullptr,
+                            .mean_slope = nullptr,
+                            .covariance = nullptr,
+                            .result = numbers(result)};
+        const Affine affine{of(found, weight), of(found, bias), epsilon};
+        float *of_factors = of(found, weight_gradient), *of_offsets = of(found, bias_gradient);
+        const nb::gil_scoped_release released;
+        channel_backward(found, pass, affine, of_factors, of_offsets, threads);
+      },
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient"), nb::arg("weight"), nb::arg("bias"),
+      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("weight_gradient"), nb::arg("bias_gradient"));
 }
 
 }  // namespace pairclip::conv

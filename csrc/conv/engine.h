@@ -14,7 +14,7 @@ namespace pairclip::conv {
 
 using tower::Activation;
 using tower::bf16;
-using tower::kBlock;  // channels come in multiples of it: a cache line
+using tower::kBlock;  // channels of a row: a cache line
 using tower::Range;
 
 struct Layer {
@@ -26,12 +26,22 @@ struct Layer {
   int columns() const { return pooled ? width / 2 : width; }
   std::int64_t picture() const { return std::int64_t{height} * width * channels; }  // numbers
   std::int64_t kept_picture() const { return std::int64_t{rows()} * columns() * channels; }
+  // From the first of four pooled pixels to the others: right of it, below it, and both.
+  std::int64_t distance(int i) const { return (std::int64_t{i / 2} * width + i % 2) * channels; }
   std::int64_t count() const { return std::int64_t{pictures} * rows() * columns(); }  // that a channel's statistics are of
 };
+
+constexpr int kMostNormChannels = 256;  // of a pixel that is normalised by itself
 
 // One number per channel each. normed = (kept - mean) * scale + bias, where scale is the weight over the standard deviation.
 struct Channels {
   const float *mean, *scale, *bias;
+};
+
+// Of a normalisation over channels.
+struct Affine {
+  const float *weight, *bias;
+  float epsilon;
 };
 
 struct Forward {
@@ -62,6 +72,11 @@ struct Engine {
   void (*gather_slopes)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures, double* sums);
   void (*spread)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures);
 
+  // The same with each pixel normalised over its channels (LayerNorm); at most `kMostNormChannels`. What is kept of pooled
+  // pixels, and their places, is padded to whole rows. Backward adds up the gradients of weight and bias.
+  void (*channel_forward)(const Layer& layer, const Forward& pass, const Affine& affine, Range pictures);
+  void (*channel_backward)(const Layer& layer, const Backward& pass, const Affine& affine, Range pictures, double* sums);
+
   // Of a piece of the pictures: sums [9][input blocks][output blocks][32][32].
   void (*weight_gradient)(const Filters& call, Range pictures, char* scratch, float* sums);
 };
@@ -73,6 +88,7 @@ struct Engine {
 PAIRCLIP_DECLARE_CONV(portable)
 PAIRCLIP_DECLARE_CONV(avx2)
 PAIRCLIP_DECLARE_CONV(avx512)
+PAIRCLIP_DECLARE_CONV(avx512_bf16)
 PAIRCLIP_DECLARE_CONV(amx)
 #undef PAIRCLIP_DECLARE_CONV
 

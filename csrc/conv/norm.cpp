@@ -45,6 +45,9 @@ const Engine& engine() {
 #if defined(PAIRCLIP_BUILT_amx)
   if (best_level() >= Level::amx) return amx::engine();
 #endif
+#if defined(PAIRCLIP_BUILT_avx512_bf16)
+  if (best_level() >= Level::avx512_bf16) return avx512_bf16::engine();
+#endif
 #if defined(PAIRCLIP_BUILT_avx512)
   if (best_level() >= Level::avx512) return avx512::engine();
 #endif
@@ -91,6 +94,22 @@ void backward(const Layer& layer, Backward pass, const float* weight, const floa
   pass.mean_slope = mean_slope.data();
   pass.covariance = covariance.data();
   each_piece(layer, threads, [&](int, Range pictures) { chosen.spread(layer, pass, channels, pictures); });
+}
+
+void channel_forward(const Layer& layer, const Forward& pass, const Affine& affine, int threads) {
+  const Engine& chosen = engine();
+  each_piece(layer, threads, [&](int, Range pictures) { chosen.channel_forward(layer, pass, affine, pictures); });
+}
+
+void channel_backward(const Layer& layer, const Backward& pass, const Affine& affine, float* weight_gradient,
+                      float* bias_gradient, int threads) {
+  const Engine& chosen = engine();
+  const Sums sums =
+      summed(layer, threads, [&](Range pictures, double* out) { chosen.channel_backward(layer, pass, affine, pictures, out); });
+  for (int c = 0; c < layer.channels; ++c) {
+    weight_gradient[c] = static_cast<float>(sums[c]);
+    bias_gradient[c] = static_cast<float>(sums[layer.channels + c]);
+  }
 }
 
 }  // namespace pairclip::conv

@@ -1,7 +1,8 @@
-// Pooling, batch normalisation and activation as one layer in training: which tasks there are and in which order they run.
+// Pooling, normalisation and activation as one layer in training: which tasks there are and in which order they run.
 //
-// Two passes over memory each way: the statistics need all numbers before the first result. Sums are float32 within a picture
-// and float64 from there on, over pieces of a fixed number of pictures: the same bits for any number of threads.
+// Batch normalisation takes two passes over memory each way: the statistics need all numbers before the first result.
+// Normalisation over channels takes one. Sums are float32 within a picture and float64 from there on, over pieces of a fixed
+// number of pictures: the same bits for any number of threads.
 #pragma once
 
 #include "conv/engine.h"
@@ -22,5 +23,10 @@ void forward(const Layer& layer, const Forward& pass, const float* weight, const
 // Fills in `pass`'s means itself.
 void backward(const Layer& layer, Backward pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
               float* weight_gradient, float* bias_gradient, int threads);
+
+// Of normalisation over the channels of each pixel.
+void channel_forward(const Layer& layer, const Forward& pass, const Affine& affine, int threads);
+void channel_backward(const Layer& layer, const Backward& pass, const Affine& affine, float* weight_gradient,
+                      float* bias_gradient, int threads);
 
 }  // namespace pairclip::conv

@@ -188,7 +188,7 @@ def check_stages() -> Check:
     reason = why_not_ours(device=torch.device(device), autocast=autocast, compiled=False) or why_no_extension()
     if reason:
         return Check(topic=topic, status="ok", found="torch", reason=reason)
-    return Check(topic=topic, status="ok", found=f"{parts_of_our_own(batch_norm=True)}, with --amp")
+    return Check(topic=topic, status="ok", found=f"{parts_of_our_own()}, with --amp")
 
 
 def check_text_encoder() -> Check:

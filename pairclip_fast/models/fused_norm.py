@@ -1,15 +1,16 @@
-"""Maximum of 2x2 pixels, batch normalisation and activation as one function in training (`csrc/conv`): bfloat16 on a CPU.
+"""Maximum of 2x2 pixels, normalisation and activation as one function in training (`csrc/conv`): bfloat16 on a CPU.
 
 In torch maximum, statistics, normalisation and activation each go through memory, both ways; what each was given is kept, and the
-maxima's places in 64 bits. Here it is twice each way; kept are the pooled pixels and a byte per place, and only the result is
-rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its parameters and buffers stay where they are.
+maxima's places in 64 bits. Here it is twice each way for batch normalisation (`channel_norm` has the other kind); kept are the pooled
+pixels and a byte per place, and only the result is rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its
+parameters and buffers stay where they are.
 
 Results are the same bits in every run and for any number of threads.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +18,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pairclip_fast.models import channel_norm
 from pairclip_fast.models.blocks import ACTIVATIONS
+from pairclip_fast.models.channel_norm import ChannelNorm, Layer
 from pairclip_fast.models.convolution import channels_last_bits
 from pairclip_fast.models.precision import trains_in_bfloat16
 from pairclip_fast.native import native
 
 BLOCK = 32
-"""Channels come in multiples of it: a cache line."""
+"""Channels of a batch normalisation come in multiples of it: a cache line."""
 LEAST_PIXELS = 2
 """Of a channel: one has no variance (torch raises)."""
-
-
-class Layer(NamedTuple):
-    """What a layer is beside its parameters."""
-
-    epsilon: float
-    activation: str
-    pool: bool
 
 
 def normalise(
@@ -41,37 +36,52 @@ def normalise(
 ) -> Float[Tensor, "batch channels rows columns"]:
     """Pixels, pooled if so wanted, after `norm` and `activation`; as one function where that is covered."""
     if takes(pixels, norm=norm, activation=activation, pool=pool):
-        assert isinstance(norm, nn.BatchNorm2d)
-        return _run(pixels, norm=norm, activation=_name(activation), pool=pool)
+        assert isinstance(norm, nn.BatchNorm2d | ChannelNorm)
+        layer = Layer(norm.eps, _name(activation), pool)
+        return (
+            _run(pixels, norm=norm, layer=layer) if isinstance(norm, nn.BatchNorm2d) else channel_norm.run(pixels, norm=norm, layer=layer)
+        )
     result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
     return result
 
 
 def takes(pixels: Tensor, *, norm: nn.Module, activation: nn.Module, pool: bool) -> bool:
-    """Whether one function does it: bfloat16 that comes channels last out of a convolution in training, and batch statistics."""
+    """Whether one function does it: bfloat16 that comes channels last out of a convolution in training, and nobody looks in between."""
     batch, channels, height, width = pixels.shape
-    side = 2 if pool else 1
+    count = batch * (height // 2) * (width // 2) if pool else batch * height * width
     return (
         trains_in_bfloat16(pixels)
         and pixels.dtype == torch.bfloat16
-        and channels % BLOCK == 0
-        and batch * (height // side) * (width // side) >= LEAST_PIXELS
         and pixels.is_contiguous(memory_format=torch.channels_last)
-        and _covers(norm, activation)
+        and (_covers_batch(norm, channels=channels, count=count) or _covers_channels(norm, channels=channels, count=count))
+        and _name(activation) is not None
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, activation))
         and native().module is not None
     )
 
 
-def _covers(norm: nn.Module, activation: nn.Module) -> bool:
-    """Batch normalisation in training as `nn.BatchNorm2d` comes by default, and nobody looks in between."""
+def _covers_batch(norm: nn.Module, *, channels: int, count: int) -> bool:
+    """Batch normalisation in training as `nn.BatchNorm2d` comes by default."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.track_running_stats
         and norm.affine
         and norm.weight.dtype == torch.float32
-        and _name(activation) is not None
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, activation))
+        and channels % BLOCK == 0
+        and count >= LEAST_PIXELS
+    )
+
+
+def _covers_channels(norm: nn.Module, *, channels: int, count: int) -> bool:
+    """Normalisation over the channels of each pixel, as it comes by default."""
+    return (
+        type(norm) is ChannelNorm
+        and norm.elementwise_affine
+        and norm.bias is not None
+        and norm.weight.dtype == torch.float32
+        and channels <= channel_norm.MOST_CHANNELS
+        and count > 0
     )
 
 
@@ -80,8 +90,8 @@ def _name(activation: nn.Module) -> Any:
     return next((name for name, kind in ACTIVATIONS.items() if type(activation) is kind), None)
 
 
-def _run(pixels: Tensor, *, norm: nn.BatchNorm2d, activation: str, pool: bool) -> Tensor:
-    result, mean, variance = _Normalise.apply(pixels, norm.weight, norm.bias, Layer(norm.eps, activation, pool))
+def _run(pixels: Tensor, *, norm: nn.BatchNorm2d, layer: Layer) -> Tensor:
+    result, mean, variance = _Normalise.apply(pixels, norm.weight, norm.bias, layer)
     _track(norm, mean, variance, count=result.numel() // result.shape[1])
     found: Tensor = result
     return found

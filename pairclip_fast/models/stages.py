@@ -19,15 +19,6 @@ Norm = Callable[[int], nn.Module]
 """From a number of channels to a normalisation over them."""
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel. As fast as batch norm here, and a picture's features depend on no other
-    picture: micro-batches, processes and evaluation all compute the same function.
-    """
-
-    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded channels height width"]:
-        return super().forward(pixels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class Halving(nn.Module):
     """Convolution, maximum of 2x2 pixels, normalisation, activation."""
 
@@ -55,14 +46,12 @@ class Stage(Halving):
 
 def implementation(encoder: nn.Module, *, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> Implementation:
     """What trains the convolutional stages of `encoder`; the rest is as for `why_not_ours`."""
-    halvings = [part for part in encoder.modules() if isinstance(part, Halving)]
-    if not halvings:
+    if not any(isinstance(part, Halving) for part in encoder.modules()):
         return Implementation("none", "the encoder has none")
     reason = why_not_ours(device=device, autocast=autocast, compiled=compiled) or why_no_extension()
     if reason is not None:
         return Implementation("torch", reason)
-    ours = parts_of_our_own(batch_norm=any(isinstance(part.norm1, nn.BatchNorm2d) for part in halvings))
-    return Implementation("cpp", ours) if ours else Implementation("torch", "no matrix tiles, and no batch norm")
+    return Implementation("cpp", parts_of_our_own())
 
 
 def why_no_extension() -> str | None:
@@ -71,9 +60,7 @@ def why_no_extension() -> str | None:
     return found.reason if found.module is None else None
 
 
-def parts_of_our_own(*, batch_norm: bool) -> str:
-    """What the C++ extension does of a stage on this machine, in words; empty for nothing."""
+def parts_of_our_own() -> str:
+    """What the C++ extension does of a stage on this machine, in words."""
     isa = native().module.conv.isa()
-    parts = {"pooling, normalisation and activation in one": batch_norm, "the filters' gradient on tiles": isa == ENGINE}
-    words = " and ".join(part for part, holds in parts.items() if holds)
-    return words and f"C++, {isa}: {words}"
+    return f"C++, {isa}: pooling, normalisation and activation in one" + (" and the filters' gradient on tiles" if isa == ENGINE else "")

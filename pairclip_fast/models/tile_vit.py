@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pairclip_fast.config import TileViTConfig
 from pairclip_fast.models.blocks import Block, initialise
+from pairclip_fast.models.channel_norm import ChannelNorm
 from pairclip_fast.models.encoder import ImageEncoder, join_tiles, patch_grid, split_tiles
-from pairclip_fast.models.stages import ChannelNorm, Halving, Stage
+from pairclip_fast.models.stages import Halving, Stage
 from pairclip_fast.models.vit import POSITION_STD
 from pairclip_fast.models.whitening import FILTERS, WhitenedStem
 

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from pairclip_fast.openmp import CHOICES, VARIABLE
+from pairclip_fast.openmp import CHOICES, SETTINGS
 
-ASK = "from pairclip_fast.openmp import sleep_while_waiting; print(sleep_while_waiting(), "
-TELL = f"os.environ.get('{VARIABLE}'))"
+ASK = "from pairclip_fast.openmp import spin_briefly; print(spin_briefly(), "
+TELL = ", ".join(f"os.environ.get('{name}')" for name in SETTINGS) + ")"
+ASKED = list(SETTINGS.values())
 
 
 def told(program: str, **environment: str) -> list[str]:
@@ -21,18 +22,18 @@ def told(program: str, **environment: str) -> list[str]:
 
 
 def test_it_is_asked_for() -> None:
-    assert told(ASK + TELL) == ["True", "PASSIVE"]
+    assert told(ASK + TELL) == ["True", *ASKED]
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_users_own_choice_stays(name: str) -> None:
-    assert told(ASK + TELL, **{name: "7"}) == ["False", "7" if name == VARIABLE else "None"]
+    assert told(ASK + TELL, **{name: "7"}) == ["False", *("7" if one == name else "None" for one in SETTINGS)]
 
 
 def test_it_would_not_be_heard_once_torch_is_there() -> None:
-    assert told(f"sys.modules['torch'] = sys; {ASK}{TELL}") == ["False", "None"]
+    assert told(f"sys.modules['torch'] = sys; {ASK}{TELL}") == ["False", *("None" for _ in SETTINGS)]
 
 
 def test_the_command_line_asks_before_it_loads_torch() -> None:
     program = f"from pairclip_fast.cli import main; main(['--version']); print('torch' in sys.modules, {TELL}"
-    assert told(program)[-2:] == ["False", "PASSIVE"]
+    assert told(program)[-3:] == ["False", *ASKED]
