@@ -37,10 +37,8 @@ def normalise(
     """Pixels, pooled if so wanted, after `norm` and `activation`; as one function where that is covered."""
     if takes(pixels, norm=norm, activation=activation, pool=pool):
         assert isinstance(norm, nn.BatchNorm2d | ChannelNorm)
-        layer = Layer(norm.eps, _name(activation), pool)
-        return (
-            _run(pixels, norm=norm, layer=layer) if isinstance(norm, nn.BatchNorm2d) else channel_norm.run(pixels, norm=norm, layer=layer)
-        )
+        run = channel_norm.run if isinstance(norm, ChannelNorm) else _run
+        return run(pixels, norm=norm, layer=Layer(norm.eps, _name(activation), pool))
     result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
     return result
 

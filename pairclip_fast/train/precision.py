@@ -85,8 +85,8 @@ def cpu_bf16_feature() -> str | None:
 
     AMX multiplies several times as fast as float32. AVX-512 BF16's `VDPBF16PS` does twice the work of a float32 multiply-add. On an
     Emerald Rapids whose AMX was masked it took four times as long as one: a step of `vit` took 1.6 times as long as in float32
-    (`benchmarks/records/train-step-avx512-bf16-cpu.json`). On AMD's Zen 5 it takes no longer than one, and torch's float32 is slow
-    there: plain torch's step of `vit` took half of the time (`benchmarks/records/train-step-amd-cpu.json`).
+    (`benchmarks/records/train-step-avx512-bf16-cpu.json`). On AMD's Zen 5 it takes no longer than one: plain torch's
+    step of `enhanced` took a third of float32's time, that of `vit` as long (`benchmarks/records/train-step-amd-cpu.json`).
     """
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
