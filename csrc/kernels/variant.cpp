@@ -53,7 +53,7 @@ constexpr Engine engine(const Engine* fallback) {
 }
 
 constexpr Engine kFma = engine<FmaProducts>(nullptr);
-constexpr Engine kNarrowTiles = engine<TileProducts<1>>(nullptr);
+constexpr Engine kBfloat16 = engine<TileProducts<1>>(nullptr);
 
 // Six products are worth it if they take less than a multiply-add; what they cannot represent is left to multiply-adds.
 template <class Kind>
@@ -64,11 +64,11 @@ constexpr Engine float32_engine() {
     return kFma;
   }
 }
-constexpr Engine kWideTiles = float32_engine<Tiles>();
+constexpr Engine kFloat32 = float32_engine<Tiles>();
 
 }  // namespace
 
 const Engine& fma_engine() { return kFma; }
-const Engine& tile_engine(Element type) { return type == Element::bfloat16 ? kNarrowTiles : kWideTiles; }
+const Engine& tile_engine(Element type) { return type == Element::bfloat16 ? kBfloat16 : kFloat32; }
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

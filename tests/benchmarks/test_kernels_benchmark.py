@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import kernel_jobs
+import kernel_rows
 import kernels
 import pytest
 import torch
@@ -15,13 +16,13 @@ from pairclip_fast.kernels import ops
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "ROWS", 70)
-    monkeypatch.setattr(kernels, "CAPTIONS", 200)
-    monkeypatch.setattr(kernels, "DIM", 32)
-    monkeypatch.setattr(kernels, "LOSS_ROWS", 70)
-    monkeypatch.setattr(kernels, "CURVE_ROWS", 4)
-    monkeypatch.setattr(kernels, "CURVE_CAPTIONS", (200, 400))
-    monkeypatch.setattr(kernels, "PEAK_ROUNDS", 1_000)
+    monkeypatch.setattr(kernel_rows, "ROWS", 70)
+    monkeypatch.setattr(kernel_rows, "CAPTIONS", 200)
+    monkeypatch.setattr(kernel_rows, "DIM", 32)
+    monkeypatch.setattr(kernel_rows, "LOSS_ROWS", 70)
+    monkeypatch.setattr(kernel_rows, "CURVE_ROWS", 4)
+    monkeypatch.setattr(kernel_rows, "CURVE_CAPTIONS", (200, 400))
+    monkeypatch.setattr(kernel_rows, "PEAK_ROUNDS", 1_000)
 
 
 def test_it_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
