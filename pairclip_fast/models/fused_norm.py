@@ -36,9 +36,10 @@ def normalise(
 ) -> Float[Tensor, "batch channels rows columns"]:
     """Pixels, pooled if so wanted, after `norm` and `activation`; as one function where that is covered."""
     if takes(pixels, norm=norm, activation=activation, pool=pool):
-        assert isinstance(norm, nn.BatchNorm2d | ChannelNorm)
-        run = channel_norm.run if isinstance(norm, ChannelNorm) else _run
-        return run(pixels, norm=norm, layer=Layer(norm.eps, _name(activation), pool))
+        if isinstance(norm, ChannelNorm):
+            return channel_norm.run(pixels, norm=norm, layer=Layer(norm.eps, _name(activation), pool))
+        assert isinstance(norm, nn.BatchNorm2d)
+        return _run(pixels, norm=norm, layer=Layer(norm.eps, _name(activation), pool))
     result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
     return result
 
