@@ -3,7 +3,7 @@
 GNU OpenMP, which torch uses, spins for some milliseconds after every parallel region in case the next one comes soon. Where something
 else wants the cores too (another process, the loader's workers, our own C++ threads) the spinning takes them away from those who
 work, and each barrier then costs a turn of the scheduler: steps became several times slower. Going to sleep at once has its price
-as well: a training step has a thousand short regions, and waking a thread takes longer than many of them. So threads spin for
+as well: a training step has many short regions, and waking a thread takes longer than some of them. So threads spin for
 about as long as waking takes (`benchmarks/competition.py`: a step alone and beside busy programs).
 
 It is a decision for a whole process, and is read when torch is loaded, so the programs make it (the command line, the
