@@ -11,28 +11,15 @@
 
 #include <immintrin.h>
 
-#include "kernels/packing.h"
+#include "kernels/tiles_in_memory.h"
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
-class Tiles {
+class Tiles : public TilesInMemory {
  public:
   static constexpr int kRate = 2;
   static constexpr const char* kPrecision = "bfloat16 products of pairs, float32 sums";
 
-  static void begin() {}
-  static void end() {}
-
-  template <int Rows = 2, int Columns = 2>
-  void clear() {
-    for (int row = 0; row < 16 * Rows; ++row)
-      for (int column = 0; column < Columns; ++column) _mm512_store_ps(sums_[row] + 16 * column, _mm512_setzero_ps());
-  }
-  void load(const float* from, std::ptrdiff_t stride) {
-    for (int row = 0; row < 32; ++row) std::memcpy(sums_[row], from + row * stride, sizeof sums_[row]);
-  }
-  void left(const void* tiles) { left_ = tiles; }
-  void right(const void* tiles) { right_ = tiles; }
   void multiply() { multiply(left_, right_); }
 
   template <int Rows = 2, int Columns = 2>
@@ -66,16 +53,8 @@ class Tiles {
     }
   }
 
-  template <int Rows = 2, int Columns = 2>
-  void store(float* out, std::ptrdiff_t stride) const {
-    for (int row = 0; row < 16 * Rows; ++row) std::memcpy(out + row * stride, sums_[row], Columns * 16 * sizeof(float));
-  }
-
  private:
   static constexpr int kRowsAtOnce = 8;
-
-  alignas(64) float sums_[32][32];
-  const void *left_ = nullptr, *right_ = nullptr;
 };
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

@@ -5,27 +5,15 @@
 // the product of two bfloat16 is exact in float32, so that needs no fused instruction here.)
 #pragma once
 
-#include "kernels/packing.h"
+#include "kernels/tiles_in_memory.h"
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
-class Tiles {
+class Tiles : public TilesInMemory {
  public:
   static constexpr int kRate = 16;
   static constexpr const char* kPrecision = "bfloat16 tiles, float32 sums";
 
-  static void begin() {}
-  static void end() {}
-
-  template <int Rows = 2, int Columns = 2>
-  void clear() {
-    std::memset(sums_, 0, sizeof sums_);
-  }
-  void load(const float* from, std::ptrdiff_t stride) {
-    for (int row = 0; row < 32; ++row) std::memcpy(sums_[row], from + row * stride, sizeof sums_[row]);
-  }
-  void left(const void* tiles) { left_ = tiles; }
-  void right(const void* tiles) { right_ = tiles; }
   void multiply() { multiply(left_, right_); }
 
   template <int Rows = 2, int Columns = 2>
@@ -51,16 +39,8 @@ class Tiles {
     }
   }
 
-  template <int Rows = 2, int Columns = 2>
-  void store(float* out, std::ptrdiff_t stride) const {
-    for (int row = 0; row < 16 * Rows; ++row) std::memcpy(out + row * stride, sums_[row], Columns * 16 * sizeof(float));
-  }
-
  private:
   static float flushed(float x) { return x > -0x1p-126f && x < 0x1p-126f ? 0.0f : x; }
-
-  float sums_[32][32];
-  const void *left_ = nullptr, *right_ = nullptr;
 };
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT
