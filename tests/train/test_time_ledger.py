@@ -22,6 +22,8 @@ from pairclip_fast.train.options import TrainOptions
 
 CLOSE = 0.03
 """How far the phases may be from the wall time."""
+SLICE_SECONDS = 0.02
+"""And how far in any case: a turn of the scheduler between the last lap and the clock, which in a run of 0.2 s is more than `CLOSE`."""
 
 
 class StandInEvent:
@@ -133,7 +135,7 @@ def phases_of(run: Path) -> TimeTotals:
 def test_the_ledger_of_a_run_sums_to_its_wall_time(tiny: TrainOptions, tmp_path: Path) -> None:
     result = run_train(tiny)
     totals = phases_of(tmp_path / "run")
-    assert totals.total_s == pytest.approx(result["seconds"], rel=CLOSE)
+    assert totals.total_s == pytest.approx(result["seconds"], rel=CLOSE, abs=SLICE_SECONDS)
     assert set(totals.seconds) == set(PHASES) - {"resize"}
     finished = read_events(tmp_path / "run" / "events.jsonl")[-1]
     assert 0.0 < finished["telemetry_share"] < 1.0
@@ -151,7 +153,7 @@ def test_a_phase_that_nobody_laps_would_be_noticed(tiny: TrainOptions, tmp_path:
 
     monkeypatch.setattr(runner.Runner, "_evaluate", forgotten)
     result = run_train(tiny)
-    assert phases_of(tmp_path / "run").total_s < (1 - CLOSE) * result["seconds"]
+    assert phases_of(tmp_path / "run").total_s < result["seconds"] - max(CLOSE * result["seconds"], SLICE_SECONDS)
 
 
 @pytest.mark.parametrize("slow", ["loader", "backward", "checkpoint"])
