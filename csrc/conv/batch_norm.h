@@ -13,15 +13,16 @@ void each_block(const Layer& layer, Range channels, Body body) {
     for (int c = channels.begin; c < channels.end; c += kBlock) body(pixel, c);
 }
 
-inline void gather(const Layer& layer, const Forward& pass, const float* shift, Range pictures, double* sums) {
+template <class T>
+void gather(const Layer& layer, const Forward<T>& pass, const float* shift, Range pictures, double* sums) {
   sum_pictures(layer, pictures, sums, [&](int picture, Range channels, auto& found) {
-    const bf16* from = pass.pixels + picture * layer.picture();
+    const T* from = pass.pixels + picture * layer.picture();
     const std::int64_t begin = picture * layer.kept_picture();
     each_block(layer, channels, [&](int pixel, int c) {
       const std::int64_t at = begin + std::int64_t{pixel} * layer.channels + c;
       Row row;
       if (layer.pooled) {
-        const bf16* const first = from + corner(layer, pixel) + c;
+        const T* const first = from + corner(layer, pixel) + c;
         row = pooled(layer, pass.places + at, [&](std::int64_t distance) { return read_on(first + distance); });
         write_row(pass.kept + at, row);
       } else {
@@ -51,7 +52,8 @@ inline Normed normed(Vec kept, const Channels& channels, int lane, const Activat
   return {off, activate(fma(off, load(channels.scale + lane), load(channels.bias + lane)))};
 }
 
-inline void apply(const Layer& layer, const Forward& pass, const Channels& channels, Range pictures) {
+template <class T>
+void apply(const Layer& layer, const Forward<T>& pass, const Channels& channels, Range pictures) {
   with_activation(layer.activation, [&](auto activate) {
     for (int picture = pictures.begin; picture < pictures.end; ++picture)
       each_block(layer, {0, layer.channels}, [&](int pixel, int c) {
@@ -63,7 +65,8 @@ inline void apply(const Layer& layer, const Forward& pass, const Channels& chann
   });
 }
 
-inline void gather_slopes(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures, double* sums) {
+template <class T>
+void gather_slopes(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures, double* sums) {
   with_activation(layer.activation, [&](auto activate) {
     sum_pictures(layer, pictures, sums, [&](int picture, Range some, auto& found) {
       each_block(layer, some, [&](int pixel, int c) {
@@ -83,10 +86,11 @@ inline void gather_slopes(const Layer& layer, const Backward& pass, const Channe
   });
 }
 
-inline void spread(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures) {
+template <class T>
+void spread(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures) {
   with_activation(layer.activation, [&](auto activate) {
     for (int picture = pictures.begin; picture < pictures.end; ++picture) {
-      bf16* const to = pass.result + picture * layer.picture();
+      T* const to = pass.result + picture * layer.picture();
       if (layer.pooled) clear_rest(layer, to);
       each_block(layer, {0, layer.channels}, [&](int pixel, int c) {
         const std::int64_t inside = std::int64_t{pixel} * layer.channels + c, at = picture * layer.kept_picture() + inside;
@@ -98,7 +102,7 @@ inline void spread(const Layer& layer, const Backward& pass, const Channels& cha
           return load(channels.scale + lane) * fma(-here.off, load(pass.covariance + lane), slope);
         });
         if (layer.pooled) {
-          bf16* const first = to + corner(layer, pixel) + c;
+          T* const first = to + corner(layer, pixel) + c;
           unpool(layer, found, pass.places + at,
                  [&](std::int64_t distance, const Row& row) { write_row(first + distance, row); });
         } else {

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <type_traits>
 
 #include "conv/norm.h"
 #include "tower/tower.h"
@@ -17,7 +18,10 @@ namespace pairclip::conv {
 namespace {
 
 // Bfloat16 comes as the 16-bit integers of its bits.
-using Pictures = nb::ndarray<std::int16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, bf16>, std::int16_t, T>;
+template <class T>
+using Pictures = nb::ndarray<Stored<T>, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Places = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using PerChannel = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Filter = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
@@ -26,9 +30,14 @@ void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("conv: ") + what);
 }
 
-bf16* numbers(const Pictures& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
+template <class T>
+T* numbers(const nb::ndarray<T, nb::ndim<4>, nb::c_contig, nb::device::cpu>& pictures) {
+  return pictures.data();
+}
+bf16* numbers(const Pictures<bf16>& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
 
-Layer layer_of(const Pictures& pixels, bool pooled, const std::string& name) {
+template <class T>
+Layer layer_of(const T& pixels, bool pooled, const std::string& name) {
   const Layer found{static_cast<int>(pixels.shape(0)),
                     static_cast<int>(pixels.shape(1)),
                     static_cast<int>(pixels.shape(2)),
@@ -40,7 +49,8 @@ Layer layer_of(const Pictures& pixels, bool pooled, const std::string& name) {
 }
 
 // `pixels` has the shape that the convolution gave, `kept` that of the result.
-Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const std::string& name) {
+template <class T>
+Layer layer(const T& pixels, const T& kept, const std::optional<Places>& places, const std::string& name) {
   const Layer found = layer_of(pixels, places.has_value(), name);
   expect(found.channels % kBlock == 0, "channels are a multiple of 32");
   const std::size_t size = static_cast<std::size_t>(found.pictures) * found.kept_picture();
@@ -49,7 +59,8 @@ Layer layer(const Pictures& pixels, const Pictures& kept, const std::optional<Pl
 }
 
 // The same for normalisation over channels: what is kept of pooled pixels is padded to whole rows.
-Layer channel_layer(const Pictures& pixels, const Pictures& kept, const std::optional<Places>& places, const Pictures& result,
+template <class T>
+Layer channel_layer(const T& pixels, const T& kept, const std::optional<Places>& places, const T& result,
                     const std::string& name) {
   const Layer found = layer_of(pixels, places.has_value(), name);
   expect(found.channels <= kMostNormChannels, "there are too many channels");
@@ -66,22 +77,21 @@ float* of(const Layer& layer, const PerChannel& numbers) {
   return numbers.data();
 }
 
-}  // namespace
-
-void bind(nb::module_& module) {
-  module.doc() = "Convolutional stages in training; `pairclip_fast.models.fused_norm` and `.convolution` call it.";
+// For pictures of `T`: each function has two forms, and arrays that are not converted say which.
+template <class T>
+void bind_for(nb::module_& module) {
   module.def(
       "weight_gradient",
-      [](int threads, Pictures pixels, Pictures gradient, Filter result) {
-        const Filters call{numbers(pixels),
-                           numbers(gradient),
-                           static_cast<int>(pixels.shape(0)),
-                           static_cast<int>(pixels.shape(1)),
-                           static_cast<int>(pixels.shape(2)),
-                           static_cast<int>(pixels.shape(3)),
-                           static_cast<int>(gradient.shape(3))};
-        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0 && call.outputs % kBlock == 0,
-               "output channels are a multiple of 32");
+      [](int threads, Pictures<T> pixels, Pictures<T> gradient, Filter result) {
+        const Convolution<T> call{numbers(pixels),
+                                  numbers(gradient),
+                                  static_cast<int>(pixels.shape(0)),
+                                  static_cast<int>(pixels.shape(1)),
+                                  static_cast<int>(pixels.shape(2)),
+                                  static_cast<int>(pixels.shape(3)),
+                                  static_cast<int>(gradient.shape(3))};
+        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
+        expect(std::is_same_v<T, float> || call.outputs % kBlock == 0, "output channels are a multiple of 32");
         expect(gradient.size() == pixels.size() / call.inputs * call.outputs && gradient.shape(2) == pixels.shape(2),
                "sizes differ");
         expect(result.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
@@ -89,76 +99,87 @@ void bind(nb::module_& module) {
         const nb::gil_scoped_release released;
         weight_gradient(call, weight, threads);
       },
-      nb::arg("threads"), nb::arg("pixels"), nb::arg("gradient"), nb::arg("result"), "Of a 3x3 convolution that keeps the size.");
-  module.def("isa", [] { return engine().isa; }, "Instruction set of the functions below.");
+      nb::arg("threads"), nb::arg("pixels").noconvert(), nb::arg("gradient").noconvert(), nb::arg("result"),
+      "Of a 3x3 convolution that keeps the size.");
   module.def(
       "forward",
-      [](const std::string& name, int threads, double epsilon, Pictures pixels, PerChannel weight, PerChannel bias, Pictures kept,
-         std::optional<Places> places, Pictures result, PerChannel mean, PerChannel variance) {
+      [](const std::string& name, int threads, double epsilon, Pictures<T> pixels, PerChannel weight, PerChannel bias,
+         Pictures<T> kept, std::optional<Places> places, Pictures<T> result, PerChannel mean, PerChannel variance) {
         const Layer found = layer(pixels, kept, places, name);
         expect(threads > 0 && result.size() == kept.size(), "wrong size of the result");
-        const Forward pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
+        const Forward<T> pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
         const Statistics statistics{of(found, mean), of(found, variance)};
         const float *factors = of(found, weight), *offsets = of(found, bias);
         const nb::gil_scoped_release released;
         forward(found, pass, factors, offsets, epsilon, statistics, threads);
       },
-      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels"), nb::arg("weight"), nb::arg("bias"),
-      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("mean"), nb::arg("variance"));
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels").noconvert(), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("mean"), nb::arg("variance"));
   module.def(
       "backward",
-      [](const std::string& name, int threads, double epsilon, Pictures gradient, PerChannel weight, PerChannel bias,
-         Pictures kept, std::optional<Places> places, PerChannel mean, PerChannel variance, Pictures result,
+      [](const std::string& name, int threads, double epsilon, Pictures<T> gradient, PerChannel weight, PerChannel bias,
+         Pictures<T> kept, std::optional<Places> places, PerChannel mean, PerChannel variance, Pictures<T> result,
          PerChannel weight_gradient, PerChannel bias_gradient) {
         const Layer found = layer(result, kept, places, name);
         expect(threads > 0 && gradient.size() == kept.size(), "wrong size of the gradient");
-        const Backward pass{.gradient = numbers(gradient),
-                            .kept = numbers(kept),
-                            .places = places ? places->data() : nullptr,
-                            .mean_slope = nullptr,
-                            .covariance = nullptr,
-                            .result = numbers(result)};
+        const Backward<T> pass{.gradient = numbers(gradient),
+                               .kept = numbers(kept),
+                               .places = places ? places->data() : nullptr,
+                               .mean_slope = nullptr,
+                               .covariance = nullptr,
+                               .result = numbers(result)};
         const Statistics statistics{of(found, mean), of(found, variance)};
         const float *factors = of(found, weight), *offsets = of(found, bias);
         float *of_factors = of(found, weight_gradient), *of_offsets = of(found, bias_gradient);
         const nb::gil_scoped_release released;
         backward(found, pass, factors, offsets, epsilon, statistics, of_factors, of_offsets, threads);
       },
-      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient"), nb::arg("weight"), nb::arg("bias"),
-      nb::arg("kept"), nb::arg("places").none(), nb::arg("mean"), nb::arg("variance"), nb::arg("result"),
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient").noconvert(), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("kept"), nb::arg("places").none(), nb::arg("mean"), nb::arg("variance"), nb::arg("result"),
       nb::arg("weight_gradient"), nb::arg("bias_gradient"));
   module.def(
       "channel_forward",
-      [](const std::string& name, int threads, float epsilon, Pictures pixels, PerChannel weight, PerChannel bias, Pictures kept,
-         std::optional<Places> places, Pictures result) {
+      [](const std::string& name, int threads, double epsilon, Pictures<T> pixels, PerChannel weight, PerChannel bias,
+         Pictures<T> kept, std::optional<Places> places, Pictures<T> result) {
         const Layer found = channel_layer(pixels, kept, places, result, name);
         expect(threads > 0, "there are threads");
-        const Forward pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
-        const Affine affine{of(found, weight), of(found, bias), epsilon};
+        const Forward<T> pass{numbers(pixels), numbers(kept), places ? places->data() : nullptr, numbers(result)};
+        const Affine affine{of(found, weight), of(found, bias), static_cast<float>(epsilon)};
         const nb::gil_scoped_release released;
         channel_forward(found, pass, affine, threads);
       },
-      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels"), nb::arg("weight"), nb::arg("bias"),
-      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"));
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("pixels").noconvert(), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("kept"), nb::arg("places").none(), nb::arg("result"));
   module.def(
       "channel_backward",
-      [](const std::string& name, int threads, float epsilon, Pictures gradient, PerChannel weight, PerChannel bias,
-         Pictures kept, std::optional<Places> places, Pictures result, PerChannel weight_gradient, PerChannel bias_gradient) {
+      [](const std::string& name, int threads, double epsilon, Pictures<T> gradient, PerChannel weight, PerChannel bias,
+         Pictures<T> kept, std::optional<Places> places, Pictures<T> result, PerChannel weight_gradient,
+         PerChannel bias_gradient) {
         const Layer found = channel_layer(result, kept, places, gradient, name);
         expect(threads > 0, "there are threads");
-        const Backward pass{.gradient = numbers(gradient),
-                            .kept = numbers(kept),
-                            .places = places ? places->data() : nullptr,
-                            .mean_slope = nullptr,
-                            .covariance = nullptr,
-                            .result = numbers(result)};
-        const Affine affine{of(found, weight), of(found, bias), epsilon};
+        const Backward<T> pass{.gradient = numbers(gradient),
+                               .kept = numbers(kept),
+                               .places = places ? places->data() : nullptr,
+                               .mean_slope = nullptr,
+                               .covariance = nullptr,
+                               .result = numbers(result)};
+        const Affine affine{of(found, weight), of(found, bias), static_cast<float>(epsilon)};
         float *of_factors = of(found, weight_gradient), *of_offsets = of(found, bias_gradient);
         const nb::gil_scoped_release released;
         channel_backward(found, pass, affine, of_factors, of_offsets, threads);
       },
-      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient"), nb::arg("weight"), nb::arg("bias"),
-      nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("weight_gradient"), nb::arg("bias_gradient"));
+      nb::arg("activation"), nb::arg("threads"), nb::arg("epsilon"), nb::arg("gradient").noconvert(), nb::arg("weight"),
+      nb::arg("bias"), nb::arg("kept"), nb::arg("places").none(), nb::arg("result"), nb::arg("weight_gradient"),
+      nb::arg("bias_gradient"));
+}
+
+}  // namespace
+
+void bind(nb::module_& module) {
+  module.doc() = "Convolutional stages in training; `pairclip_fast.models.fused_norm` and `.convolution` call it.";
+  module.def("isa", [] { return engine().isa; }, "Instruction set of the functions below.");
+  bind_for<bf16>(module);
+  bind_for<float>(module);
 }
 
 }  // namespace pairclip::conv

@@ -10,9 +10,36 @@
 namespace pairclip::conv::PAIRCLIP_VARIANT {
 
 // The first `live` of 32 numbers; zeros after them.
+inline Row read_some(const float* from, int live) {
+  if (live >= kBlock) return read_on(from);
+  __builtin_prefetch(from + 1024);
+  return each([&](int v) {
+    const int left = live - v * kLanes;
+    Vec part{};
+    if (left >= kLanes) {
+      part = load(from + v * kLanes);
+    } else if (left > 0) {
+      std::memcpy(&part, from + v * kLanes, left * sizeof(float));
+    }
+    return part;
+  });
+}
+
+inline void write_some(float* to, const Row& row, int live) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    const int left = live - v * kLanes;
+    if (left >= kLanes) {
+      store(to + v * kLanes, row.part[v]);
+    } else if (left > 0) {
+      std::memcpy(to + v * kLanes, &row.part[v], left * sizeof(float));
+    }
+  }
+}
+
 inline Row read_some(const bf16* from, int live) {
   if (live >= kBlock) return read_on(from);
-  __builtin_prefetch(from + kAhead);
+  __builtin_prefetch(from + 2048);
 #if defined(__AVX512BW__)
   const __m512i line = _mm512_maskz_loadu_epi16((1u << live) - 1, from);
   const auto widened = [](__m256i half) { return floats_of(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(half)) << 16); };
@@ -48,12 +75,13 @@ class ChannelNorm {
     std::memcpy(bias_, affine.bias, layer.channels * sizeof(float));
   }
 
-  void forward(const Forward& pass, Range pictures) const {
+  template <class T>
+  void forward(const Forward<T>& pass, Range pictures) const {
     each_pixel(pictures, [&](int picture, int pixel, std::int64_t number) {
       Row rows[kMostBlocks];
       for (int b = 0; b < blocks_; ++b) {
         const std::int64_t at = (number * blocks_ + b) * kBlock;
-        const bf16* const first = pass.pixels + picture * layer_.picture() + place(pixel) + b * kBlock;
+        const T* const first = pass.pixels + picture * layer_.picture() + place(pixel) + b * kBlock;
         if (layer_.pooled) {
           rows[b] = pooled(layer_, pass.places + at, [&](std::int64_t distance) { return read_some(first + distance, live(b)); });
           write_row(pass.kept + at, rows[b]);
@@ -68,9 +96,10 @@ class ChannelNorm {
     });
   }
 
-  void backward(const Backward& pass, Range pictures, double* sums) const {
+  template <class T>
+  void backward(const Backward<T>& pass, Range pictures, double* sums) const {
     sum_pictures(layer_, pictures, sums, [&](int picture, Range, auto& found) {
-      bf16* const to = pass.result + picture * layer_.picture();
+      T* const to = pass.result + picture * layer_.picture();
       if (layer_.pooled) clear_rest(layer_, to);
       each_pixel({picture, picture + 1}, [&](int, int pixel, std::int64_t number) {
         Row rows[kMostBlocks], slopes[kMostBlocks];  // normed, and the gradient of that
@@ -97,7 +126,7 @@ class ChannelNorm {
         const Vec mean = set(sum(total) * inverse_), covariance = set(sum(product) * inverse_);
         for (int b = 0; b < blocks_; ++b) {
           const Row out = each([&](int v) { return scale * fma(-rows[b].part[v], covariance, slopes[b].part[v] - mean); });
-          bf16* const first = to + place(pixel) + b * kBlock;
+          T* const first = to + place(pixel) + b * kBlock;
           const auto write = [&](std::int64_t distance, const Row& row) { write_some(first + distance, row, live(b)); };
           if (layer_.pooled) {
             unpool(layer_, out, pass.places + (number * blocks_ + b) * kBlock, write);
@@ -152,11 +181,13 @@ class ChannelNorm {
   float weight_[kMostNormChannels] = {}, bias_[kMostNormChannels] = {};
 };
 
-inline void channel_forward(const Layer& layer, const Forward& pass, const Affine& affine, Range pictures) {
+template <class T>
+void channel_forward(const Layer& layer, const Forward<T>& pass, const Affine& affine, Range pictures) {
   with_activation(layer.activation, [&](auto activate) { ChannelNorm(layer, affine, activate).forward(pass, pictures); });
 }
 
-inline void channel_backward(const Layer& layer, const Backward& pass, const Affine& affine, Range pictures, double* sums) {
+template <class T>
+void channel_backward(const Layer& layer, const Backward<T>& pass, const Affine& affine, Range pictures, double* sums) {
   with_activation(layer.activation, [&](auto activate) { ChannelNorm(layer, affine, activate).backward(pass, pictures, sums); });
 }
 

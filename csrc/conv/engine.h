@@ -1,8 +1,8 @@
 // The table between the order of the tasks (norm.cpp, compiled once) and their arithmetic (variant.cpp, per instruction set).
 //
-// Pictures are channels-last bfloat16: [pictures, height, width, channels]. A pooled layer takes the maximum of 2x2 pixels first;
-// an odd last row or column is left out, as torch does it. Its pictures are then kept at a quarter of the size, with the place of
-// each maximum in one byte.
+// Pictures are channels-last: [pictures, height, width, channels]; their numbers are bfloat16 or float, `T` below. A pooled layer
+// takes the maximum of 2x2 pixels first; an odd last row or column is left out, as torch does it. Its pictures are then kept at a
+// quarter of the size, with the place of each maximum in one byte.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace pairclip::conv {
 
 using tower::Activation;
 using tower::bf16;
-using tower::kBlock;  // channels of a row: a cache line
+using tower::kBlock;  // channels of a row: a cache line of bfloat16
 using tower::Range;
 
 struct Layer {
@@ -44,41 +44,52 @@ struct Affine {
   float epsilon;
 };
 
+template <class T>
 struct Forward {
-  const bf16* pixels;
-  bf16* kept;            // the pixels themselves where nothing is pooled
+  const T* pixels;
+  T* kept;               // the pixels themselves where nothing is pooled
   std::uint8_t* places;  // of the maxima; null where nothing is pooled
-  bf16* result;
+  T* result;
 };
 
+template <class T>
 struct Backward {
-  const bf16* gradient;  // of the result
-  const bf16* kept;
+  const T* gradient;  // of the result
+  const T* kept;
   const std::uint8_t* places;
   // Per channel: means of the gradient behind the activation, plain and times (kept - mean) / variance.
   const float *mean_slope, *covariance;
-  bf16* result;  // gradient of the pixels
+  T* result;  // gradient of the pixels
+};
+
+template <class T>
+struct NormEngine {
+  // Forward: pools, and adds up kept - shift and its square, per channel: sums[0][channels], sums[1][channels]. The shift is any
+  // number near the mean: squares about it lose no digits (Chan, Golub and LeVeque 1983). Then the result.
+  void (*gather)(const Layer& layer, const Forward<T>& pass, const float* shift, Range pictures, double* sums);
+  void (*apply)(const Layer& layer, const Forward<T>& pass, const Channels& channels, Range pictures);
+
+  // Backward: adds up the gradient behind the activation, plain and times kept - mean. Then the gradient of the pixels.
+  void (*gather_slopes)(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures, double* sums);
+  void (*spread)(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures);
+
+  // The same with each pixel normalised over its channels (LayerNorm); at most `kMostNormChannels`. What is kept of pooled
+  // pixels, and their places, is padded to whole rows. Backward adds up the gradients of weight and bias.
+  void (*channel_forward)(const Layer& layer, const Forward<T>& pass, const Affine& affine, Range pictures);
+  void (*channel_backward)(const Layer& layer, const Backward<T>& pass, const Affine& affine, Range pictures, double* sums);
 };
 
 struct Engine {
   const char* isa;
-
-  // Forward: pools, and adds up kept - shift and its square, per channel: sums[0][channels], sums[1][channels]. The shift is any
-  // number near the mean: squares about it lose no digits (Chan, Golub and LeVeque 1983). Then the result.
-  void (*gather)(const Layer& layer, const Forward& pass, const float* shift, Range pictures, double* sums);
-  void (*apply)(const Layer& layer, const Forward& pass, const Channels& channels, Range pictures);
-
-  // Backward: adds up the gradient behind the activation, plain and times kept - mean. Then the gradient of the pixels.
-  void (*gather_slopes)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures, double* sums);
-  void (*spread)(const Layer& layer, const Backward& pass, const Channels& channels, Range pictures);
-
-  // The same with each pixel normalised over its channels (LayerNorm); at most `kMostNormChannels`. What is kept of pooled
-  // pixels, and their places, is padded to whole rows. Backward adds up the gradients of weight and bias.
-  void (*channel_forward)(const Layer& layer, const Forward& pass, const Affine& affine, Range pictures);
-  void (*channel_backward)(const Layer& layer, const Backward& pass, const Affine& affine, Range pictures, double* sums);
+  NormEngine<bf16> bfloat16;
+  NormEngine<float> float32;
 
   // Of a piece of the pictures: sums [9][input blocks][output blocks][32][32].
-  void (*weight_gradient)(const Filters& call, Range pictures, char* scratch, float* sums);
+  void (*weight_gradient)(const TileFilters& call, Range pictures, char* scratch, float* sums);
+
+  // In float32: sums [input blocks][output blocks][3][block_outputs][3][block_inputs].
+  int block_outputs, block_inputs;
+  void (*float_weight_gradient)(const FloatFilters& call, Range pictures, char* scratch, float* sums);
 };
 
 #define PAIRCLIP_DECLARE_CONV(variant) \

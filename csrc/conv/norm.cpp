@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "core/cpu.h"
@@ -21,6 +22,18 @@ void each_piece(const Layer& layer, int threads, const std::function<void(int ta
     const int first = static_cast<int>(task) * kPictures;
     body(static_cast<int>(task), {first, std::min(first + kPictures, layer.pictures)});
   });
+}
+
+float number(bf16 x) { return std::bit_cast<float>(std::uint32_t{x} << 16); }
+float number(float x) { return x; }
+
+template <class T>
+const NormEngine<T>& norms() {
+  if constexpr (std::is_same_v<T, float>) {
+    return engine().float32;
+  } else {
+    return engine().bfloat16;
+  }
 }
 
 // Two sums per channel, over all pictures.
@@ -57,11 +70,12 @@ const Engine& engine() {
   return portable::engine();
 }
 
-void forward(const Layer& layer, const Forward& pass, const float* weight, const float* bias, double epsilon,
+template <class T>
+void forward(const Layer& layer, const Forward<T>& pass, const float* weight, const float* bias, double epsilon,
              Statistics statistics, int threads) {
-  const Engine& chosen = engine();
+  const NormEngine<T>& chosen = norms<T>();
   std::vector<float> shift(layer.channels);
-  for (int c = 0; c < layer.channels; ++c) shift[c] = std::bit_cast<float>(std::uint32_t{pass.pixels[c]} << 16);
+  for (int c = 0; c < layer.channels; ++c) shift[c] = number(pass.pixels[c]);
   const Sums sums =
       summed(layer, threads, [&](Range pictures, double* out) { chosen.gather(layer, pass, shift.data(), pictures, out); });
   const double count = static_cast<double>(layer.count());
@@ -75,9 +89,10 @@ void forward(const Layer& layer, const Forward& pass, const float* weight, const
   each_piece(layer, threads, [&](int, Range pictures) { chosen.apply(layer, pass, channels, pictures); });
 }
 
-void backward(const Layer& layer, Backward pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
+template <class T>
+void backward(const Layer& layer, Backward<T> pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
               float* weight_gradient, float* bias_gradient, int threads) {
-  const Engine& chosen = engine();
+  const NormEngine<T>& chosen = norms<T>();
   const std::vector<float> scale = scales(layer, weight, statistics.variance, epsilon);
   const Channels channels{statistics.mean, scale.data(), bias};
   const Sums sums =
@@ -96,14 +111,16 @@ void backward(const Layer& layer, Backward pass, const float* weight, const floa
   each_piece(layer, threads, [&](int, Range pictures) { chosen.spread(layer, pass, channels, pictures); });
 }
 
-void channel_forward(const Layer& layer, const Forward& pass, const Affine& affine, int threads) {
-  const Engine& chosen = engine();
+template <class T>
+void channel_forward(const Layer& layer, const Forward<T>& pass, const Affine& affine, int threads) {
+  const NormEngine<T>& chosen = norms<T>();
   each_piece(layer, threads, [&](int, Range pictures) { chosen.channel_forward(layer, pass, affine, pictures); });
 }
 
-void channel_backward(const Layer& layer, const Backward& pass, const Affine& affine, float* weight_gradient,
+template <class T>
+void channel_backward(const Layer& layer, const Backward<T>& pass, const Affine& affine, float* weight_gradient,
                       float* bias_gradient, int threads) {
-  const Engine& chosen = engine();
+  const NormEngine<T>& chosen = norms<T>();
   const Sums sums =
       summed(layer, threads, [&](Range pictures, double* out) { chosen.channel_backward(layer, pass, affine, pictures, out); });
   for (int c = 0; c < layer.channels; ++c) {
@@ -111,5 +128,14 @@ void channel_backward(const Layer& layer, const Backward& pass, const Affine& af
     bias_gradient[c] = static_cast<float>(sums[layer.channels + c]);
   }
 }
+
+#define PAIRCLIP_NORMS_OF(T)                                                                                              \
+  template void forward(const Layer&, const Forward<T>&, const float*, const float*, double, Statistics, int);            \
+  template void backward(const Layer&, Backward<T>, const float*, const float*, double, Statistics, float*, float*, int); \
+  template void channel_forward(const Layer&, const Forward<T>&, const Affine&, int);                                     \
+  template void channel_backward(const Layer&, const Backward<T>&, const Affine&, float*, float*, int);
+PAIRCLIP_NORMS_OF(bf16)
+PAIRCLIP_NORMS_OF(float)
+#undef PAIRCLIP_NORMS_OF
 
 }  // namespace pairclip::conv

@@ -17,16 +17,20 @@ struct Statistics {
   float *mean, *variance;
 };
 
-void forward(const Layer& layer, const Forward& pass, const float* weight, const float* bias, double epsilon,
+template <class T>
+void forward(const Layer& layer, const Forward<T>& pass, const float* weight, const float* bias, double epsilon,
              Statistics statistics, int threads);
 
 // Fills in `pass`'s means itself.
-void backward(const Layer& layer, Backward pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
+template <class T>
+void backward(const Layer& layer, Backward<T> pass, const float* weight, const float* bias, double epsilon, Statistics statistics,
               float* weight_gradient, float* bias_gradient, int threads);
 
 // Of normalisation over the channels of each pixel.
-void channel_forward(const Layer& layer, const Forward& pass, const Affine& affine, int threads);
-void channel_backward(const Layer& layer, const Backward& pass, const Affine& affine, float* weight_gradient,
+template <class T>
+void channel_forward(const Layer& layer, const Forward<T>& pass, const Affine& affine, int threads);
+template <class T>
+void channel_backward(const Layer& layer, const Backward<T>& pass, const Affine& affine, float* weight_gradient,
                       float* bias_gradient, int threads);
 
 }  // namespace pairclip::conv

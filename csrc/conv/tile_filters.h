@@ -1,4 +1,4 @@
-// The weight gradient of a 3x3 convolution that keeps the size, by tile products.
+// The weight gradient of a 3x3 convolution in bfloat16, by tile products.
 //
 // Pictures are laid out one after the other with a zero after each row and a row of zeros after each picture, which serve as the
 // border of what follows too. Then each of the nine neighbours of a pixel lies at a fixed distance, and the gradient of a
@@ -14,9 +14,10 @@ namespace pairclip::conv::PAIRCLIP_VARIANT {
 using namespace tower::PAIRCLIP_VARIANT;
 using tower::kBlockNumbers;
 
-class WeightGradientTask {
+class TileWeightGradientTask {
  public:
-  WeightGradientTask(const Filters& call, char* scratch) : call_(call), pixels_(call.chunk_pixels()), border_(call.border()) {
+  TileWeightGradientTask(const TileFilters& call, char* scratch)
+      : call_(call), pixels_(call.chunk_pixels()), border_(call.border()) {
     rows_ = reinterpret_cast<bf16*>(scratch);
     gradients_ = rows_ + std::int64_t{pixels_ + 2 * border_} * kBlock;
     inputs_ = gradients_ + std::int64_t{call.output_blocks()} * pixels_ * kBlock;
@@ -96,7 +97,7 @@ class WeightGradientTask {
     }
   }
 
-  const Filters& call_;
+  const TileFilters& call_;
   int pixels_, border_;
   bf16 *rows_, *gradients_, *inputs_;
 };

@@ -3,23 +3,35 @@
 
 #include "conv/batch_norm.h"
 #include "conv/channel_norm.h"
-#include "conv/weight_gradient.h"
+#include "conv/float_filters.h"
+#include "conv/tile_filters.h"
 
 namespace pairclip::conv::PAIRCLIP_VARIANT {
 namespace {
 
-void weight_gradient(const Filters& call, Range pictures, char* scratch, float* sums) {
-  WeightGradientTask(call, scratch).run(pictures, sums);
+void weight_gradient(const TileFilters& call, Range pictures, char* scratch, float* sums) {
+  TileWeightGradientTask(call, scratch).run(pictures, sums);
 }
 
+void float_weight_gradient(const FloatFilters& call, Range pictures, char* scratch, float* sums) {
+  FloatWeightGradientTask(call, scratch).run(pictures, sums);
+}
+
+template <class T>
+constexpr NormEngine<T> kNorms{.gather = gather<T>,
+                               .apply = apply<T>,
+                               .gather_slopes = gather_slopes<T>,
+                               .spread = spread<T>,
+                               .channel_forward = channel_forward<T>,
+                               .channel_backward = channel_backward<T>};
+
 constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
-                         .gather = gather,
-                         .apply = apply,
-                         .gather_slopes = gather_slopes,
-                         .spread = spread,
-                         .channel_forward = channel_forward,
-                         .channel_backward = channel_backward,
-                         .weight_gradient = weight_gradient};
+                         .bfloat16 = kNorms<bf16>,
+                         .float32 = kNorms<float>,
+                         .weight_gradient = weight_gradient,
+                         .block_outputs = FloatWeightGradientTask::kOutputs,
+                         .block_inputs = FloatWeightGradientTask::kInputs,
+                         .float_weight_gradient = float_weight_gradient};
 
 }  // namespace
 

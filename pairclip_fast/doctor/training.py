@@ -176,7 +176,7 @@ def check_blocks() -> Check:
 
 
 def check_stages() -> Check:
-    """What trains convolutional stages with `--amp`."""
+    """What trains convolutional stages, with `--amp` where that makes a difference."""
     import torch
 
     from pairclip_fast.models.precision import why_not_ours
@@ -184,11 +184,12 @@ def check_stages() -> Check:
     from pairclip_fast.train.precision import cpu_bf16_feature
 
     topic, device = "convolutional stages", training_device()
-    autocast = torch.bfloat16 if cpu_bf16_feature() else None
-    reason = why_not_ours(device=torch.device(device), autocast=autocast, compiled=False) or why_no_extension()
+    reason = why_not_ours(device=torch.device(device), compiled=False) or why_no_extension()
     if reason:
         return Check(topic=topic, status="ok", found="torch", reason=reason)
-    return Check(topic=topic, status="ok", found=f"{parts_of_our_own()}, with --amp")
+    if cpu_bf16_feature():
+        return Check(topic=topic, status="ok", found=f"{parts_of_our_own(torch.bfloat16)}, with --amp")
+    return Check(topic=topic, status="ok", found=parts_of_our_own(torch.float32))
 
 
 def check_text_encoder() -> Check:

@@ -1,7 +1,7 @@
 """LayerNorm over the channels of each pixel; in training with pooling before it and the activation after it as one function.
 
 All that a result needs is in its own pixel, so in C++ (`csrc/conv`) the three are one pass over memory each way: kept are the pooled
-pixels and a byte per place, and only the result is rounded to bfloat16. `fused_norm` says when; results are the same bits in
+pixels and a byte per place, and under bfloat16 only the result is rounded. `fused_norm` says when; results are the same bits in
 every run and for any number of threads.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pairclip_fast.models.convolution import channels_last_bits
+from pairclip_fast.models.convolution import channels_last
 from pairclip_fast.native import native
 
 ROW = 32
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 def run(
     pixels: Float[Tensor, "batch channels height width"], *, norm: ChannelNorm, layer: Layer
 ) -> Float[Tensor, "batch channels rows columns"]:
-    """The activation's result, bfloat16, for pixels that `fused_norm.takes` takes."""
+    """The activation's result, in the format of the pixels, for pixels that `fused_norm.takes` takes."""
     result: Tensor = _ChannelNormalise.apply(pixels, norm.weight, norm.bias, layer)
     return result
 
@@ -55,28 +55,28 @@ class _ChannelNormalise(torch.autograd.Function):
     def forward(ctx: Any, pixels: Tensor, weight: Tensor, bias: Tensor, layer: Layer) -> Tensor:
         batch, channels, height, width = pixels.shape
         rows, columns = (height // 2, width // 2) if layer.pool else (height, width)
-        given, padded = channels_last_bits(pixels), (batch, rows, columns, -(-channels // ROW) * ROW)
-        kept = torch.empty(padded, dtype=torch.int16) if layer.pool else given
+        given, padded = channels_last(pixels), (batch, rows, columns, -(-channels // ROW) * ROW)
+        kept = torch.empty(padded, dtype=given.dtype) if layer.pool else given
         places = torch.empty(padded, dtype=torch.uint8) if layer.pool else None
-        result = torch.empty((batch, rows, columns, channels), dtype=torch.int16)
+        result = torch.empty((batch, rows, columns, channels), dtype=given.dtype)
         parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
         threads = torch.get_num_threads()
         native().module.conv.channel_forward(layer.activation, threads, layer.epsilon, given, *parameters, kept, places, result)
         ctx.save_for_backward(weight, bias, kept if layer.pool else pixels, places)
-        ctx.size, ctx.layer = pixels.shape, layer
-        return result.view(torch.bfloat16).permute(0, 3, 1, 2)
+        ctx.size, ctx.layer, ctx.dtype = pixels.shape, layer, pixels.dtype
+        return result.view(pixels.dtype).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, kept, places = ctx.saved_tensors
         batch, channels, height, width = ctx.size
-        kept = channels_last_bits(kept) if places is None else kept
-        found = torch.empty((batch, height, width, channels), dtype=torch.int16)
+        kept = channels_last(kept) if places is None else kept
+        given, threads, layer = channels_last(gradient.to(ctx.dtype)), torch.get_num_threads(), ctx.layer
+        found = torch.empty((batch, height, width, channels), dtype=given.dtype)
         parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
         of_parameters = [torch.empty(channels), torch.empty(channels)]
-        given, threads, layer = channels_last_bits(gradient.to(torch.bfloat16)), torch.get_num_threads(), ctx.layer
         native().module.conv.channel_backward(
             layer.activation, threads, layer.epsilon, given, *parameters, kept, places, found, *of_parameters
         )
-        return found.view(torch.bfloat16).permute(0, 3, 1, 2), *of_parameters, None
+        return found.view(ctx.dtype).permute(0, 3, 1, 2), *of_parameters, None

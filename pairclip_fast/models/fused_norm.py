@@ -1,8 +1,8 @@
-"""Maximum of 2x2 pixels, normalisation and activation as one function in training (`csrc/conv`): bfloat16 on a CPU.
+"""Maximum of 2x2 pixels, normalisation and activation as one function in training on a CPU (`csrc/conv`).
 
 In torch maximum, statistics, normalisation and activation each go through memory, both ways; what each was given is kept, and the
 maxima's places in 64 bits. Here it is twice each way for batch normalisation (`channel_norm` has the other kind); kept are the pooled
-pixels and a byte per place, and only the result is rounded to bfloat16. Statistics are those of `nn.BatchNorm2d`, and its
+pixels and a byte per place, and under bfloat16 only the result is rounded. Statistics are those of `nn.BatchNorm2d`, and its
 parameters and buffers stay where they are.
 
 Results are the same bits in every run and for any number of threads.
@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from pairclip_fast.models import channel_norm
 from pairclip_fast.models.blocks import ACTIVATIONS
 from pairclip_fast.models.channel_norm import ChannelNorm, Layer
-from pairclip_fast.models.convolution import channels_last_bits
-from pairclip_fast.models.precision import trains_in_bfloat16
+from pairclip_fast.models.convolution import channels_last
+from pairclip_fast.models.precision import training_format
 from pairclip_fast.native import native
 
 BLOCK = 32
@@ -45,12 +45,11 @@ def normalise(
 
 
 def takes(pixels: Tensor, *, norm: nn.Module, activation: nn.Module, pool: bool) -> bool:
-    """Whether one function does it: bfloat16 that comes channels last out of a convolution in training, and nobody looks in between."""
+    """Whether one function does it: pixels that come channels last out of a convolution in training, and nobody looks in between."""
     batch, channels, height, width = pixels.shape
     count = batch * (height // 2) * (width // 2) if pool else batch * height * width
     return (
-        trains_in_bfloat16(pixels)
-        and pixels.dtype == torch.bfloat16
+        training_format(pixels) == pixels.dtype
         and pixels.is_contiguous(memory_format=torch.channels_last)
         and (_covers_batch(norm, channels=channels, count=count) or _covers_channels(norm, channels=channels, count=count))
         and _name(activation) is not None
@@ -115,30 +114,30 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, pixels: Tensor, weight: Tensor, bias: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         batch, channels, height, width = pixels.shape
         shape = (batch, height // 2, width // 2, channels) if layer.pool else (batch, height, width, channels)
-        given = channels_last_bits(pixels)
-        kept = torch.empty(shape, dtype=torch.int16) if layer.pool else given
+        given = channels_last(pixels)
+        kept = torch.empty(shape, dtype=given.dtype) if layer.pool else given
         places = torch.empty(shape, dtype=torch.uint8) if layer.pool else None
-        result, mean, variance = torch.empty(shape, dtype=torch.int16), torch.empty(channels), torch.empty(channels)
+        result, mean, variance = torch.empty(shape, dtype=given.dtype), torch.empty(channels), torch.empty(channels)
         parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
         conv, threads = native().module.conv, torch.get_num_threads()
         conv.forward(layer.activation, threads, layer.epsilon, given, *parameters, kept, places, result, mean, variance)
         ctx.save_for_backward(weight, bias, kept if layer.pool else pixels, places, mean, variance)
-        ctx.size, ctx.layer = pixels.shape, layer
+        ctx.size, ctx.layer, ctx.dtype = pixels.shape, layer, pixels.dtype
         ctx.mark_non_differentiable(mean, variance)
-        return result.view(torch.bfloat16).permute(0, 3, 1, 2), mean, variance
+        return result.view(pixels.dtype).permute(0, 3, 1, 2), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight, bias, kept, places, mean, variance = ctx.saved_tensors
         batch, channels, height, width = ctx.size
-        kept = channels_last_bits(kept) if places is None else kept
-        found = torch.empty((batch, height, width, channels), dtype=torch.int16)
+        kept = channels_last(kept) if places is None else kept
+        given = channels_last(gradient.to(ctx.dtype))
+        found = torch.empty((batch, height, width, channels), dtype=given.dtype)
         parameters = [parameter.detach().contiguous() for parameter in (weight, bias)]
         of_parameters = [torch.empty(channels), torch.empty(channels)]
-        given = channels_last_bits(gradient.to(torch.bfloat16))
         conv, threads = native().module.conv, torch.get_num_threads()
         conv.backward(
             ctx.layer.activation, threads, ctx.layer.epsilon, given, *parameters, kept, places, mean, variance, found, *of_parameters
         )
-        return found.view(torch.bfloat16).permute(0, 3, 1, 2), *of_parameters, None
+        return found.view(ctx.dtype).permute(0, 3, 1, 2), *of_parameters, None

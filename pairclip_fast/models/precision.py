@@ -1,4 +1,4 @@
-"""When a forward pass is one that bfloat16 code of our own may train."""
+"""When a forward pass is one that code of our own may train, and in which format."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ BF16_SETS = ("amx", "avx512_bf16")
 """Instruction sets of the C++ extension that multiply bfloat16 faster than float32, best first."""
 
 
-def why_not_ours(*, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> str | None:
+def why_not_ours(*, device: torch.device, compiled: bool) -> str | None:
     """The reason why no such pass will come; None if it will.
 
     Args:
         device: Of the parameters.
-        autocast: Its dtype, None without autocast.
         compiled: Whether `torch.compile` has the encoder.
     """
     if device.type != "cpu":
         return f"nothing of our own for {device.type}"
-    if autocast != torch.bfloat16:
-        return "not under bfloat16 autocast"
     return "compiled by torch" if compiled else None
 
 
-def trains_in_bfloat16(inputs: Tensor) -> bool:
-    """Whether `inputs` enter a training pass under bfloat16 autocast on a CPU, and not into `torch.compile`."""
-    return (
-        inputs.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
-    )
+def training_format(inputs: Tensor) -> torch.dtype | None:
+    """What products are computed in if `inputs` enter a training pass on a CPU, and not into `torch.compile`.
+
+    Bfloat16 under its autocast; float32 where the inputs have it and nothing is cast; None for anything else.
+    """
+    if inputs.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    cast = torch.is_autocast_enabled("cpu")
+    found, wanted = (torch.get_autocast_dtype("cpu"), torch.bfloat16) if cast else (inputs.dtype, torch.float32)
+    return found if found == wanted else None

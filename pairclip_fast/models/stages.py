@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
-from pairclip_fast.models.convolution import ENGINE, Conv3x3
+from pairclip_fast.models.convolution import Conv3x3, has_own_gradient
 from pairclip_fast.models.fused_norm import normalise
 from pairclip_fast.models.precision import why_not_ours
 from pairclip_fast.native import native
@@ -45,13 +45,13 @@ class Stage(Halving):
 
 
 def implementation(encoder: nn.Module, *, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> Implementation:
-    """What trains the convolutional stages of `encoder`; the rest is as for `why_not_ours`."""
+    """What trains the convolutional stages of `encoder` under `autocast` to a dtype (None for none); the rest is as for `why_not_ours`."""
     if not any(isinstance(part, Halving) for part in encoder.modules()):
         return Implementation("none", "the encoder has none")
-    reason = why_not_ours(device=device, autocast=autocast, compiled=compiled) or why_no_extension()
+    reason = why_not_ours(device=device, compiled=compiled) or why_no_extension()
     if reason is not None:
         return Implementation("torch", reason)
-    return Implementation("cpp", parts_of_our_own())
+    return Implementation("cpp", parts_of_our_own(autocast or torch.float32))
 
 
 def why_no_extension() -> str | None:
@@ -60,7 +60,8 @@ def why_no_extension() -> str | None:
     return found.reason if found.module is None else None
 
 
-def parts_of_our_own() -> str:
-    """What the C++ extension does of a stage on this machine, in words."""
-    isa = native().module.conv.isa()
-    return f"C++, {isa}: pooling, normalisation and activation in one" + (" and the filters' gradient on tiles" if isa == ENGINE else "")
+def parts_of_our_own(numbers: torch.dtype) -> str:
+    """What the C++ extension does of a stage on this machine when it trains in that format, in words."""
+    name = str(numbers).removeprefix("torch.")
+    filters = ", and the filters' gradient" if has_own_gradient(numbers) else ""
+    return f"C++, {native().module.conv.isa()}, {name}: pooling, normalisation and activation in one{filters}"

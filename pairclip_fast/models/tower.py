@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Block
-from pairclip_fast.models.precision import BF16_SETS, trains_in_bfloat16, why_not_ours
+from pairclip_fast.models.precision import BF16_SETS, training_format, why_not_ours
 from pairclip_fast.native import native
 
 BLOCK = 32
@@ -57,12 +57,13 @@ def implementation(
 ) -> Implementation:
     """What trains `blocks` (None for another kind of encoder), whose activations are computed again if `recompute`.
 
-    The rest is as for `why_not_ours`.
+    `autocast` is its dtype, None without autocast; the rest is as for `why_not_ours`.
     """
     if blocks is None:
         return Implementation("none", "the encoder is no transformer")
-    elsewhere = why_not_ours(device=device, autocast=autocast, compiled=compiled)
-    reason = elsewhere or ("activations are recomputed" if recompute else None) or why_not_here() or _why_not(blocks)
+    elsewhere = why_not_ours(device=device, compiled=compiled)
+    reason = elsewhere or (None if autocast == torch.bfloat16 else "not under bfloat16 autocast")
+    reason = reason or ("activations are recomputed" if recompute else None) or why_not_here() or _why_not(blocks)
     if reason is not None:
         return Implementation("torch", reason)
     return Implementation("cpp", f"C++, {best_engine()}, bfloat16 products, float32 sums")
@@ -84,7 +85,7 @@ def best_engine() -> str | None:
 def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
     """Whether `run` is for this forward pass: training under bfloat16 autocast on this CPU, sizes and layout covered."""
     return (
-        trains_in_bfloat16(tokens)
+        training_format(tokens) == torch.bfloat16
         and tokens.dtype in (torch.float32, torch.bfloat16)
         and tokens.numel() > 0
         and why_not_here() is None

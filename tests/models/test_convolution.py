@@ -7,17 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pairclip_fast.models.convolution import ENGINE, Conv3x3, weight_gradient
+from pairclip_fast.models import convolution
+from pairclip_fast.models.convolution import Conv3x3, has_own_gradient, weight_gradient
 from pairclip_fast.native import native
 
 SHAPES = [(1, 64, 32, 1, 1), (3, 70, 64, 3, 3), (5, 24, 96, 7, 5), (9, 80, 32, 4, 8), (2, 32, 64, 33, 34), (40, 8, 32, 6, 5)]
 """Pictures, input and output channels, height, width: odd ones, more pixels than are packed at a time, more pictures than pieces."""
+FORMATS = {torch.bfloat16: SHAPES, torch.float32: [*SHAPES, (5, 3, 1, 9, 7), (3, 17, 13, 5, 5), (1, 9, 30, 2, 450)]}
+"""In float32 output channels need not come in blocks; a row longer than what is packed at a time."""
 needs_native = pytest.mark.skipif(native().module is None, reason=native().reason)
-needs_tiles = pytest.mark.skipif(native().module is None or native().module.conv.isa() != ENGINE, reason="no matrix tiles")
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def where_it_wins(numbers: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not has_own_gradient(numbers), reason=f"the library's gradient is taken in {numbers}")
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers that bfloat16 has."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(dtype)
 
 
 def exact(pixels: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,18 +39,20 @@ def check(pixels: Tensor, gradient: Tensor, found: Tensor) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("numbers", "shape"), [(numbers, shape) for numbers, shapes in FORMATS.items() for shape in shapes], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels last"])
-def test_weight_gradient(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_weight_gradient(numbers: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format) -> None:
     batch, inputs, outputs, height, width = shape
-    pixels = drawn(batch, inputs, height, width, seed=0).contiguous(memory_format=layout)
-    gradient = drawn(batch, outputs, height, width, seed=1).contiguous(memory_format=layout)
+    pixels = drawn(batch, inputs, height, width, seed=0, dtype=numbers).contiguous(memory_format=layout)
+    gradient = drawn(batch, outputs, height, width, seed=1, dtype=numbers).contiguous(memory_format=layout)
     check(pixels, gradient, weight_gradient(pixels, gradient))
 
 
 @needs_native
-def test_same_bits_for_any_number_of_threads() -> None:
-    pixels, gradient, threads, found = drawn(11, 40, 5, 6, seed=0), drawn(11, 64, 5, 6, seed=1), torch.get_num_threads(), []
+@pytest.mark.parametrize("numbers", FORMATS, ids=str)
+def test_same_bits_for_any_number_of_threads(numbers: torch.dtype) -> None:
+    pixels, gradient = drawn(11, 40, 5, 6, seed=0, dtype=numbers), drawn(11, 64, 5, 6, seed=1, dtype=numbers)
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
@@ -54,9 +63,10 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("numbers", FORMATS, ids=str)
 @pytest.mark.parametrize("fault", ["turned filters", "a picture missing", "no border"])
-def test_a_wrong_weight_gradient_is_caught(fault: str) -> None:
-    pixels, gradient = drawn(3, 64, 5, 5, seed=0), drawn(3, 32, 5, 5, seed=1)
+def test_a_wrong_weight_gradient_is_caught(fault: str, numbers: torch.dtype) -> None:
+    pixels, gradient = drawn(3, 64, 5, 5, seed=0, dtype=numbers), drawn(3, 32, 5, 5, seed=1, dtype=numbers)
     found = weight_gradient(pixels, gradient)
     if fault == "turned filters":
         found = found.flip(2, 3)
@@ -70,8 +80,8 @@ def test_a_wrong_weight_gradient_is_caught(fault: str) -> None:
         check(pixels, gradient, found)
 
 
-@needs_tiles
-def test_under_autocast_it_is_as_near_as_the_librarys() -> None:
+@pytest.mark.parametrize("numbers", [pytest.param(numbers, marks=where_it_wins(numbers)) for numbers in FORMATS], ids=str)
+def test_it_is_as_near_as_the_librarys(numbers: torch.dtype) -> None:
     layer, pixels, gradient = Conv3x3(64, 32), drawn(6, 64, 7, 7, seed=0).float(), drawn(6, 32, 7, 7, seed=1)
     plain = torch.nn.Conv2d(64, 32, 3, padding=1, bias=False)
     plain.load_state_dict(layer.state_dict())
@@ -79,21 +89,24 @@ def test_under_autocast_it_is_as_near_as_the_librarys() -> None:
     errors = []
     for module in (layer, plain):
         taken = pixels.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=numbers == torch.bfloat16):
             result = module(taken)
-        assert result.dtype == torch.bfloat16
+        assert result.dtype == numbers
         assert (type(result.grad_fn).__name__ == "_ConvolutionBackward") == (module is layer)
-        found = torch.autograd.grad(result, (taken, module.weight), gradient.bfloat16())
+        found = torch.autograd.grad(result, (taken, module.weight), gradient.to(numbers))
         assert found[1].dtype == torch.float32
         errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)])
     assert all(own <= 1.1 * library for own, library in zip(*errors, strict=True))
 
 
-@pytest.mark.parametrize("reason", ["float32", "no gradient", "odd channels", "frozen"])
-def test_else_the_library_does_it(reason: str) -> None:
-    layer = Conv3x3(64, 8 if reason == "odd channels" else 32)
+@needs_native
+@pytest.mark.parametrize("reason", ["float64", "no gradient", "odd channels", "frozen", "another processor"])
+def test_else_the_library_does_it(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = "another" if reason == "another processor" else native().module.conv.isa()
+    monkeypatch.setattr(convolution, "ENGINES", dict.fromkeys(FORMATS, isa))
+    layer = Conv3x3(64, 8 if reason == "odd channels" else 32).to(torch.float64 if reason == "float64" else torch.float32)
     layer.weight.requires_grad_(reason != "frozen")
-    pixels = drawn(2, 64, 5, 5, seed=0).float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=reason != "float32"), torch.set_grad_enabled(reason != "no gradient"):
+    pixels = drawn(2, 64, 5, 5, seed=0, dtype=layer.weight.dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason != "float64"), torch.set_grad_enabled(reason != "no gradient"):
         result = layer(pixels)
     assert type(result.grad_fn).__name__ != "_ConvolutionBackward"

@@ -151,8 +151,9 @@ def test_a_trial_weighs_no_workspace_of_the_size_before(
 def test_the_prediction_holds_on_this_cpu(
     data: Path, tmp_path: Path, write_config: Callable[..., Path], train_alone: Callable[..., str]
 ) -> None:
-    """A process of its own, as memory belongs to processes; the encoder of preset `fast`."""
-    changes = {"model.architecture": "tile_conv", "model.width": 64, "train.batch_size": 64, "train.epochs": 2}
+    """A process of its own, as memory belongs to processes; an encoder with many activations for its parameters."""
+    model = {"architecture": "vit", "width": 32, "depth": 4, "heads": 1, "mlp_width": 128, "patch_size": 2}
+    changes = {f"model.{name}": value for name, value in model.items()} | {"train.batch_size": 64, "train.epochs": 2}
     config = write_config(tmp_path, changes)
     arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--config", str(config), "--memory-budget", "4GiB"]
     told = train_alone(*arguments)
