@@ -110,7 +110,7 @@ class PlainStep:
 @contextlib.contextmanager
 def plain_operations() -> Iterator[None]:
     """Inside, models take torch's operations where they have their own."""
-    ours = [(attention, "_own_gradient_wins"), (convolution, "_own_gradient_wins"), (fused_norm, "takes"), (tower, "takes")]
+    ours = [(attention, "_own_gradient_wins"), (convolution, "_ours_wins"), (fused_norm, "takes"), (tower, "takes")]
     with contextlib.ExitStack() as patches:
         for module, question in ours:
             patches.enter_context(mock.patch.object(module, question, return_value=False))

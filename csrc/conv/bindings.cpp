@@ -178,6 +178,26 @@ void bind_for(nb::module_& module) {
 void bind(nb::module_& module) {
   module.doc() = "Convolutional stages in training; `pairclip_fast.models.fused_norm` and `.convolution` call it.";
   module.def("isa", [] { return engine().isa; }, "Instruction set of the functions below.");
+  module.def(
+      "convolve",
+      [](int threads, Pictures<float> pixels, Filter weight, bool turned, Pictures<float> result) {
+        const Filtered call{pixels.data(),
+                            weight.data(),
+                            turned,
+                            static_cast<int>(pixels.shape(0)),
+                            static_cast<int>(pixels.shape(1)),
+                            static_cast<int>(pixels.shape(2)),
+                            static_cast<int>(pixels.shape(3)),
+                            static_cast<int>(result.shape(3))};
+        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
+        expect(result.size() == pixels.size() / call.inputs * call.outputs && result.shape(2) == pixels.shape(2), "sizes differ");
+        expect(weight.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
+        float* const out = result.data();
+        const nb::gil_scoped_release released;
+        convolve(call, out, threads);
+      },
+      nb::arg("threads"), nb::arg("pixels").noconvert(), nb::arg("weight").noconvert(), nb::arg("turned"),
+      nb::arg("result").noconvert(), "A 3x3 convolution that keeps the size; with the filters turned about its input gradient.");
   bind_for<bf16>(module);
   bind_for<float>(module);
 }

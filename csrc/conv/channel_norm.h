@@ -13,28 +13,12 @@ namespace pairclip::conv::PAIRCLIP_VARIANT {
 inline Row read_some(const float* from, int live) {
   if (live >= kBlock) return read_on(from);
   __builtin_prefetch(from + 1024);
-  return each([&](int v) {
-    const int left = live - v * kLanes;
-    Vec part{};
-    if (left >= kLanes) {
-      part = load(from + v * kLanes);
-    } else if (left > 0) {
-      std::memcpy(&part, from + v * kLanes, left * sizeof(float));
-    }
-    return part;
-  });
+  return each([&](int v) { return load_first(from + v * kLanes, live - v * kLanes); });
 }
 
 inline void write_some(float* to, const Row& row, int live) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVecs; ++v) {
-    const int left = live - v * kLanes;
-    if (left >= kLanes) {
-      store(to + v * kLanes, row.part[v]);
-    } else if (left > 0) {
-      std::memcpy(to + v * kLanes, &row.part[v], left * sizeof(float));
-    }
-  }
+  for (int v = 0; v < kVecs; ++v) store_first(to + v * kLanes, row.part[v], live - v * kLanes);
 }
 
 inline Row read_some(const bf16* from, int live) {

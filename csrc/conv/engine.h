@@ -79,6 +79,19 @@ struct NormEngine {
   void (*channel_backward)(const Layer& layer, const Backward<T>& pass, const Affine& affine, Range pictures, double* sums);
 };
 
+// The 3x3 convolution in float32.
+struct WinogradEngine {
+  int rows, columns;
+
+  // Filters of a panel of outputs: [36][panels][inputs][columns]. Then the results of a block of tiles.
+  void (*transform_filters)(const Winograd& call, const float* weight, bool turned, int panel, float* out);
+  void (*convolve)(const Winograd& call, const float* pixels, const float* filters, Range tiles, char* scratch, float* result);
+
+  // The filters' gradient over any number of tiles: sums [panels][inputs][9][columns].
+  void (*add_gradients)(const Winograd& call, const float* pixels, const float* gradient, Range tiles, char* scratch,
+                        float* sums);
+};
+
 struct Engine {
   const char* isa;
   NormEngine<bf16> bfloat16;
@@ -87,9 +100,7 @@ struct Engine {
   // Of a piece of the pictures: sums [9][input blocks][output blocks][32][32].
   void (*weight_gradient)(const TileFilters& call, Range pictures, char* scratch, float* sums);
 
-  // In float32: sums [input blocks][output blocks][3][block_outputs][3][block_inputs].
-  int block_outputs, block_inputs;
-  void (*float_weight_gradient)(const FloatFilters& call, Range pictures, char* scratch, float* sums);
+  WinogradEngine winograd;
 };
 
 #define PAIRCLIP_DECLARE_CONV(variant) \

@@ -32,30 +32,50 @@ struct TileFilters : Convolution<std::uint16_t> {
   }
 };
 
-// In float32, by multiply-adds: blocks of some output channels by three neighbours in a row by a vector of input channels.
-struct FloatFilters : Convolution<float> {
-  // Packed at a time: a block of either side then fits the first-level cache, all of them about the second-level one.
-  static constexpr int kChunkPixels = 400;
+// In float32, by minimal filtering (winograd.h), in tiles of 4x4 pixels.
+struct Winograd {
+  static constexpr int kPlanes = 36;
 
-  int block_outputs, block_inputs;  // a block's channels; the instruction set's choice
+  int pictures, height, width, inputs, outputs;
+  int rows, columns;  // of a product that stays in registers; the instruction set's choice
 
-  int output_blocks() const { return (outputs + block_outputs - 1) / block_outputs; }
-  int input_blocks() const { return (inputs + block_inputs - 1) / block_inputs; }
-  int chunk_pictures() const { return height * width < kChunkPixels ? kChunkPixels / (height * width) : 1; }
-  int chunk_rows() const {  // of a picture: all, or in equal parts
-    const int most = kChunkPixels / width > 0 ? kChunkPixels / width : 1, parts = (height + most - 1) / most;
-    return (height + parts - 1) / parts;
+  int tile_columns() const { return (width + 3) / 4; }
+  int tiles_of_picture() const { return (height + 3) / 4 * tile_columns(); }
+  int tiles() const { return pictures * tiles_of_picture(); }
+  // Transformed at a time: as many numbers as the transformed filters are that they are multiplied with, within limits.
+  int block_tiles() const {
+    const int balanced = inputs * outputs / (inputs + outputs) / rows;
+    return rows * (balanced < 4 ? 4 : balanced > 16 ? 16 : balanced);
   }
-  std::size_t block_sums() const { return std::size_t{9} * block_outputs * block_inputs; }
-  std::size_t sums() const { return block_sums() * output_blocks() * input_blocks(); }
-  std::size_t scratch_bytes() const {
-    const std::size_t rows = std::size_t(chunk_pictures()) * (chunk_rows() + 2);
-    return sizeof(float) * rows * (width + 2) * (input_blocks() * block_inputs + output_blocks() * block_outputs);
+  int panels() const { return (outputs + columns - 1) / columns; }
+  int input_row() const { return odd_lines((inputs + rows - 1) / rows * rows); }
+  int output_row() const { return odd_lines(panels() * columns); }
+  std::size_t filters() const { return std::size_t{kPlanes} * panels() * inputs * columns; }
+  std::size_t sums() const { return std::size_t{9} * panels() * columns * inputs; }
+  std::size_t convolve_bytes() const {
+    return sizeof(float) * kPlanes * block_tiles() * (std::size_t(input_row()) + output_row());
   }
+  std::size_t gradient_bytes() const {
+    const std::size_t products = std::size_t(panels()) * columns * ((inputs + rows - 1) / rows * rows);
+    return sizeof(float) * kPlanes * (block_tiles() * (std::size_t(input_row()) + panels() * columns) + products);
+  }
+
+ private:
+  // So many numbers or a few more: an odd number of cache lines, and some to spare.
+  static int odd_lines(int numbers) { return (numbers + 15) / 32 * 32 + 16; }
 };
 
-// `weight` is [outputs, inputs, 3, 3].
+// `weight` is channels-last as the pictures are: [outputs, 3, 3, inputs].
 void weight_gradient(const Convolution<std::uint16_t>& call, float* weight, int threads);
 void weight_gradient(const Convolution<float>& call, float* weight, int threads);
+
+// `result` is [pictures, height, width, outputs]. With `turned` filters, [inputs, 3, 3, outputs], it is the input gradient of the
+// convolution with these, and `pixels` its output's gradient.
+struct Filtered {
+  const float *pixels, *weight;
+  bool turned;
+  int pictures, height, width, inputs, outputs;
+};
+void convolve(const Filtered& call, float* result, int threads);
 
 }  // namespace pairclip::conv

@@ -19,6 +19,19 @@ Row read_on(const T* from) {
   return read_row(from);
 }
 
+// The first `live` numbers of a vector, and zeros; any number.
+inline Vec load_first(const float* from, int live) {
+  if (live >= kLanes) return load(from);
+  Vec found{};
+  if (live > 0) std::memcpy(&found, from, live * sizeof(float));
+  return found;
+}
+
+inline void store_first(float* to, Vec numbers, int live) {
+  if (live >= kLanes) return store(to, numbers);
+  if (live > 0) std::memcpy(to, &numbers, live * sizeof(float));
+}
+
 // Two float32 sums per channel of a picture's numbers, which go to float64 when the picture ends.
 constexpr int kMostChannels = 256;  // at a time: 2 KB of sums
 

@@ -3,8 +3,8 @@
 
 #include "conv/batch_norm.h"
 #include "conv/channel_norm.h"
-#include "conv/float_filters.h"
 #include "conv/tile_filters.h"
+#include "conv/winograd.h"
 
 namespace pairclip::conv::PAIRCLIP_VARIANT {
 namespace {
@@ -13,8 +13,12 @@ void weight_gradient(const TileFilters& call, Range pictures, char* scratch, flo
   TileWeightGradientTask(call, scratch).run(pictures, sums);
 }
 
-void float_weight_gradient(const FloatFilters& call, Range pictures, char* scratch, float* sums) {
-  FloatWeightGradientTask(call, scratch).run(pictures, sums);
+void convolve(const Winograd& call, const float* pixels, const float* filters, Range tiles, char* scratch, float* result) {
+  WinogradTask(call, scratch).convolve(pixels, filters, tiles, result);
+}
+
+void add_gradients(const Winograd& call, const float* pixels, const float* gradient, Range tiles, char* scratch, float* sums) {
+  WinogradTask(call, scratch).add_gradients(pixels, gradient, tiles, sums);
 }
 
 template <class T>
@@ -29,9 +33,11 @@ constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
                          .bfloat16 = kNorms<bf16>,
                          .float32 = kNorms<float>,
                          .weight_gradient = weight_gradient,
-                         .block_outputs = FloatWeightGradientTask::kOutputs,
-                         .block_inputs = FloatWeightGradientTask::kInputs,
-                         .float_weight_gradient = float_weight_gradient};
+                         .winograd = {.rows = kRows,
+                                      .columns = kWidth,
+                                      .transform_filters = WinogradTask::transform_filters,
+                                      .convolve = convolve,
+                                      .add_gradients = add_gradients}};
 
 }  // namespace
 

@@ -136,7 +136,6 @@ struct FmaProducts {
     }
   }
 
- private:
   // sums += left @ right: number k of row r lies at left[k * along + r * across], the right factor's two vectors at k * kWidth.
   [[gnu::always_inline]] static void multiply(const float* left, int along, int across, const float* right, int depth,
                                               Vec (&sums)[kRows][2]) {

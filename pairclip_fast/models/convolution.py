@@ -1,8 +1,8 @@
-"""3x3 convolutions with a weight gradient of our own (`csrc/conv`) where it is faster than oneDNN's: bfloat16 with AMX, float32 with AVX2.
+"""3x3 convolutions in training on a CPU, by C++ of our own (`csrc/conv`) where it is faster than oneDNN's.
 
-The gradient with respect to the filters is one matrix product of the output's gradient with every pixel's neighbourhood. C++ packs
-the pictures so that products read the neighbours where they lie, and no neighbourhood is written down.
-`benchmarks/train_step.py --preset fast` lists oneDNN's rates beside those of the forward pass.
+Float32 with AVX2: all three products by minimal filtering, which needs a quarter of the multiplications. Bfloat16 with AMX: the weight
+gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles read where it lies. The rest, and
+evaluation, is oneDNN's; `benchmarks/train_step.py --preset fast` lists its rates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pairclip_fast.models.precision import training_format
 from pairclip_fast.native import native
 
 ENGINES = {torch.bfloat16: "amx", torch.float32: "avx2"}
-"""Instruction set of the native module with which the own gradient wins, by format; the others are there for tests."""
+"""Instruction set of the native module with which ours wins, by format; the others are there for tests."""
 BLOCK = 32
 """Output channels come in multiples of it in bfloat16."""
 
@@ -33,10 +33,24 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, pixels: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs height width"]:
         numbers = training_format(pixels)
-        if numbers is not None and _own_gradient_wins(pixels, self.weight, numbers):
+        if numbers is not None and _ours_wins(pixels, self.weight, numbers):
             result: Tensor = _Convolution.apply(pixels.to(numbers), self.weight)
             return result
         return super().forward(pixels)
+
+
+def convolve(
+    pixels: Float[Tensor, "batch inputs height width"], weight: Float[Tensor, "outputs inputs 3 3"]
+) -> Float[Tensor, "batch outputs height width"]:
+    """The convolution in float32; relative errors are some 1e-6. Channels last."""
+    return _convolve(pixels, weight, turned=False)
+
+
+def input_gradient(
+    gradient: Float[Tensor, "batch outputs height width"], weight: Float[Tensor, "outputs inputs 3 3"]
+) -> Float[Tensor, "batch inputs height width"]:
+    """Of the pixels, from the result's: the convolution with the filters turned about."""
+    return _convolve(gradient, weight, turned=True)
 
 
 def weight_gradient(
@@ -44,11 +58,11 @@ def weight_gradient(
 ) -> Float[Tensor, "outputs inputs 3 3"]:
     """Of the filters, in float32, from the convolution's input and its output's gradient, both bfloat16 or both float32.
 
-    The same bits in every run and for any number of threads.
+    The same bits in every run and for any number of threads, as of the functions above.
     """
-    found = torch.empty(gradient.shape[1], pixels.shape[1], 3, 3)
+    found = torch.empty(gradient.shape[1], 3, 3, pixels.shape[1])
     native().module.conv.weight_gradient(torch.get_num_threads(), channels_last(pixels), channels_last(gradient), found)
-    return found
+    return found.permute(0, 3, 1, 2)
 
 
 def channels_last(pixels: Float[Tensor, "batch channels height width"]) -> Shaped[Tensor, "batch height width channels"]:
@@ -57,31 +71,41 @@ def channels_last(pixels: Float[Tensor, "batch channels height width"]) -> Shape
     return found.view(torch.int16) if found.dtype == torch.bfloat16 else found
 
 
-def has_own_gradient(numbers: torch.dtype) -> bool:
-    """Whether it wins in that format on this machine."""
+def wins_here(numbers: torch.dtype) -> bool:
+    """Whether ours is taken in that format on this machine."""
     module = native().module
     return module is not None and module.conv.isa() == ENGINES.get(numbers)
 
 
-def _own_gradient_wins(pixels: Tensor, weight: Tensor, numbers: torch.dtype) -> bool:
+def _ours_wins(pixels: Tensor, weight: Tensor, numbers: torch.dtype) -> bool:
     covered = weight.dtype == torch.float32 and (numbers == torch.float32 or weight.shape[0] % BLOCK == 0)
-    return covered and weight.requires_grad and pixels.numel() > 0 and has_own_gradient(numbers)
+    return covered and weight.requires_grad and pixels.numel() > 0 and wins_here(numbers)
+
+
+def _convolve(pixels: Tensor, weight: Tensor, *, turned: bool) -> Tensor:
+    batch, _, height, width = pixels.shape
+    found = torch.empty(batch, height, width, weight.shape[1 if turned else 0])
+    native().module.conv.convolve(torch.get_num_threads(), channels_last(pixels), channels_last(weight), turned, found)
+    return found.permute(0, 3, 1, 2)
 
 
 class _Convolution(torch.autograd.Function):
-    """The library's convolution, in the format of the pixels, with `weight_gradient`; differentiable once."""
+    """In the format of the pixels; differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, weight: Tensor) -> Tensor:
         rounded = weight.to(pixels.dtype)
         ctx.save_for_backward(pixels, rounded)
-        return F.conv2d(pixels, rounded, padding=1)
+        return convolve(pixels, rounded) if rounded.dtype == torch.float32 else F.conv2d(pixels, rounded, padding=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         pixels, rounded = ctx.saved_tensors
+        gradient = gradient.to(pixels.dtype)
         found: Tensor | None = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and rounded.dtype == torch.float32:
+            found = input_gradient(gradient, rounded)
+        elif ctx.needs_input_grad[0]:
             found = conv2d_input(pixels.shape, rounded, gradient, padding=1)  # type: ignore[no-untyped-call]
-        return found, weight_gradient(pixels, gradient.to(pixels.dtype))
+        return found, weight_gradient(pixels, gradient)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pairclip_fast.kernels.choice import Implementation
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
-from pairclip_fast.models.convolution import Conv3x3, has_own_gradient
+from pairclip_fast.models.convolution import Conv3x3, wins_here
 from pairclip_fast.models.fused_norm import normalise
 from pairclip_fast.models.precision import why_not_ours
 from pairclip_fast.native import native
@@ -63,5 +63,6 @@ def why_no_extension() -> str | None:
 def parts_of_our_own(numbers: torch.dtype) -> str:
     """What the C++ extension does of a stage on this machine when it trains in that format, in words."""
     name = str(numbers).removeprefix("torch.")
-    filters = ", and the filters' gradient" if has_own_gradient(numbers) else ""
-    return f"C++, {native().module.conv.isa()}, {name}: pooling, normalisation and activation in one{filters}"
+    filters = "convolution; " if numbers == torch.float32 else "gradient of the filters; "
+    ours = filters if wins_here(numbers) else ""
+    return f"C++, {native().module.conv.isa()}, {name}: {ours}pooling, normalisation and activation in one"

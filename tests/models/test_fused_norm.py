@@ -200,8 +200,10 @@ def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     isa = native().module.conv.isa()
     assert {bf16: "amx", torch.float32: "avx2"} == convolution.ENGINES
     monkeypatch.setattr(convolution, "ENGINES", {bf16: isa, torch.float32: "none here"})
-    assert chosen() == f"cpp (C++, {isa}, bfloat16: pooling, normalisation and activation in one, and the filters' gradient)"
+    assert chosen() == f"cpp (C++, {isa}, bfloat16: gradient of the filters; pooling, normalisation and activation in one)"
     assert chosen(dtype=None) == f"cpp (C++, {isa}, float32: pooling, normalisation and activation in one)"
+    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: isa})
+    assert chosen(dtype=None) == f"cpp (C++, {isa}, float32: convolution; pooling, normalisation and activation in one)"
     assert chosen(nn.Linear(1, 1)) == "none (the encoder has none)"
     assert chosen(device=torch.device("cuda")) == "torch (nothing of our own for cuda)"
     assert chosen(compiled=True) == "torch (compiled by torch)"
