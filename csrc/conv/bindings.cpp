@@ -83,13 +83,13 @@ void bind_for(nb::module_& module) {
   module.def(
       "weight_gradient",
       [](int threads, Pictures<T> pixels, Pictures<T> gradient, Filter result) {
-        const Convolution<T> call{numbers(pixels),
-                                  numbers(gradient),
-                                  static_cast<int>(pixels.shape(0)),
-                                  static_cast<int>(pixels.shape(1)),
-                                  static_cast<int>(pixels.shape(2)),
-                                  static_cast<int>(pixels.shape(3)),
-                                  static_cast<int>(gradient.shape(3))};
+        const WeightGradient<T> call{numbers(pixels),
+                                     numbers(gradient),
+                                     static_cast<int>(pixels.shape(0)),
+                                     static_cast<int>(pixels.shape(1)),
+                                     static_cast<int>(pixels.shape(2)),
+                                     static_cast<int>(pixels.shape(3)),
+                                     static_cast<int>(gradient.shape(3))};
         expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
         expect(std::is_same_v<T, float> || call.outputs % kBlock == 0, "output channels are a multiple of 32");
         expect(gradient.size() == pixels.size() / call.inputs * call.outputs && gradient.shape(2) == pixels.shape(2),
@@ -181,14 +181,14 @@ void bind(nb::module_& module) {
   module.def(
       "convolve",
       [](int threads, Pictures<float> pixels, Filter weight, bool turned, Pictures<float> result) {
-        const Filtered call{pixels.data(),
-                            weight.data(),
-                            turned,
-                            static_cast<int>(pixels.shape(0)),
-                            static_cast<int>(pixels.shape(1)),
-                            static_cast<int>(pixels.shape(2)),
-                            static_cast<int>(pixels.shape(3)),
-                            static_cast<int>(result.shape(3))};
+        const Convolution call{pixels.data(),
+                               weight.data(),
+                               turned,
+                               static_cast<int>(pixels.shape(0)),
+                               static_cast<int>(pixels.shape(1)),
+                               static_cast<int>(pixels.shape(2)),
+                               static_cast<int>(pixels.shape(3)),
+                               static_cast<int>(result.shape(3))};
         expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
         expect(result.size() == pixels.size() / call.inputs * call.outputs && result.shape(2) == pixels.shape(2), "sizes differ");
         expect(weight.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");

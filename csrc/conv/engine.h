@@ -1,4 +1,5 @@
-// The table between the order of the tasks (norm.cpp, compiled once) and their arithmetic (variant.cpp, per instruction set).
+// The table between the order of the tasks (norm.cpp and convolution.cpp, compiled once) and their arithmetic (variant.cpp, per
+// instruction set).
 //
 // Pictures are channels-last: [pictures, height, width, channels]; their numbers are bfloat16 or float, `T` below. A pooled layer
 // takes the maximum of 2x2 pixels first; an odd last row or column is left out, as torch does it. Its pictures are then kept at a
@@ -7,7 +8,7 @@
 
 #include <cstdint>
 
-#include "conv/filters.h"
+#include "conv/convolution.h"
 #include "tower/engine.h"
 
 namespace pairclip::conv {

@@ -1,4 +1,4 @@
-#include "conv/filters.h"
+#include "conv/convolution.h"
 
 #include <algorithm>
 
@@ -34,7 +34,7 @@ void in_pieces(int count, std::size_t scratch_bytes, std::size_t numbers, int bl
 
 }  // namespace
 
-void weight_gradient(const Convolution<std::uint16_t>& convolution, float* weight, int threads) {
+void weight_gradient(const WeightGradient<std::uint16_t>& convolution, float* weight, int threads) {
   const Engine& chosen = engine();
   const TileFilters call{convolution};
   in_pieces(
@@ -52,7 +52,7 @@ void weight_gradient(const Convolution<std::uint16_t>& convolution, float* weigh
       threads);
 }
 
-void weight_gradient(const Convolution<float>& convolution, float* weight, int threads) {
+void weight_gradient(const WeightGradient<float>& convolution, float* weight, int threads) {
   const WinogradEngine& chosen = engine().winograd;
   const auto& [pixels, gradient, pictures, height, width, inputs, outputs] = convolution;
   const Winograd call{pictures, height, width, inputs, outputs, chosen.rows, chosen.columns};
@@ -72,21 +72,21 @@ void weight_gradient(const Convolution<float>& convolution, float* weight, int t
       threads);
 }
 
-void convolve(const Filtered& filtered, float* result, int threads) {
+void convolve(const Convolution& convolution, float* result, int threads) {
   const WinogradEngine& chosen = engine().winograd;
-  const Winograd call{filtered.pictures, filtered.height, filtered.width, filtered.inputs,
-                      filtered.outputs,  chosen.rows,     chosen.columns};
+  const Winograd call{convolution.pictures, convolution.height, convolution.width, convolution.inputs,
+                      convolution.outputs,  chosen.rows,        chosen.columns};
   const std::size_t of_worker = on_lines(call.convolve_bytes());
   const Buffer filters(call.filters() * sizeof(float)), scratch(threads * of_worker);
   float* const transformed = reinterpret_cast<float*>(filters.at(0));
   ThreadPool::shared().run(threads, call.panels(), [&](std::int64_t panel, int) {
-    chosen.transform_filters(call, filtered.weight, filtered.turned, static_cast<int>(panel), transformed);
+    chosen.transform_filters(call, convolution.weight, convolution.turned, static_cast<int>(panel), transformed);
   });
   const int blocks = (call.tiles() + call.block_tiles() - 1) / call.block_tiles();
   ThreadPool::shared().run(threads, blocks, [&](std::int64_t block, int worker) {
     const int first = static_cast<int>(block) * call.block_tiles();
     const Range tiles{first, std::min(first + call.block_tiles(), call.tiles())};
-    chosen.convolve(call, filtered.pixels, transformed, tiles, scratch.at(worker * of_worker), result);
+    chosen.convolve(call, convolution.pixels, transformed, tiles, scratch.at(worker * of_worker), result);
   });
 }
 

@@ -1,4 +1,4 @@
-// The weight gradient of a 3x3 convolution that keeps the size: sizes, and the order of the tasks.
+// A 3x3 convolution that keeps the size, and its gradients: sizes, and the order of the tasks.
 #pragma once
 
 #include <cstddef>
@@ -8,14 +8,15 @@ namespace pairclip::conv {
 
 constexpr int kPieces = 8;  // of the pictures, each summed up by one task: the same for any number of threads
 
+// Of pictures in `T`, channels-last as all are.
 template <class T>
-struct Convolution {
-  const T *pixels, *gradient;  // channels-last
+struct WeightGradient {
+  const T *pixels, *gradient;
   int pictures, height, width, inputs, outputs;
 };
 
 // In bfloat16, by tile products. Channels of the gradient are a multiple of 32.
-struct TileFilters : Convolution<std::uint16_t> {
+struct TileFilters : WeightGradient<std::uint16_t> {
   // Packed at a time: with 256 channels both ways 1.5 MB, which a second-level cache holds.
   static constexpr int kChunkPixels = 1024;
 
@@ -61,21 +62,21 @@ struct Winograd {
   }
 
  private:
-  // So many numbers or a few more: an odd number of cache lines, and some to spare.
+  // The least odd number of cache lines that holds so many numbers, in numbers.
   static int odd_lines(int numbers) { return (numbers + 15) / 32 * 32 + 16; }
 };
 
-// `weight` is channels-last as the pictures are: [outputs, 3, 3, inputs].
-void weight_gradient(const Convolution<std::uint16_t>& call, float* weight, int threads);
-void weight_gradient(const Convolution<float>& call, float* weight, int threads);
-
-// `result` is [pictures, height, width, outputs]. With `turned` filters, [inputs, 3, 3, outputs], it is the input gradient of the
+// In float32. With `turned` filters, [inputs, 3, 3, outputs] instead of [outputs, 3, 3, inputs], it is the input gradient of the
 // convolution with these, and `pixels` its output's gradient.
-struct Filtered {
+struct Convolution {
   const float *pixels, *weight;
   bool turned;
   int pictures, height, width, inputs, outputs;
 };
-void convolve(const Filtered& call, float* result, int threads);
+
+// `weight` becomes [outputs, 3, 3, inputs], `result` [pictures, height, width, outputs].
+void weight_gradient(const WeightGradient<std::uint16_t>& call, float* weight, int threads);
+void weight_gradient(const WeightGradient<float>& call, float* weight, int threads);
+void convolve(const Convolution& call, float* result, int threads);
 
 }  // namespace pairclip::conv
