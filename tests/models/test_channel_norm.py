@@ -7,53 +7,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fused_layers import ROUNDING, drawn, fused, needs_native, off, pictures, plain, with_parameters
+from torch import nn
 
 from pairclip_fast.models import fused_norm
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
 from pairclip_fast.models.channel_norm import MOST_CHANNELS, ChannelNorm
 from pairclip_fast.models.fused_norm import normalise, takes
 from pairclip_fast.models.stages import Stage
-from pairclip_fast.native import native
 
 SHAPES = [(3, 24, 7, 5), (2, 48, 8, 2), (9, 160, 15, 15), (17, 250, 3, 2), (1, 1, 2, 3), (2, MOST_CHANNELS, 2, 2), (5, 33, 4, 6)]
 """Pictures, channels, height, width: channels that fill no row of 32, odd sides, more pictures than a piece, the most channels."""
 FAULTS = ("gradient of the mean", "gradient of the variance", "another place of the maximum", "a channel too many")
-ROUNDING = {torch.bfloat16: 4e-3, torch.float32: 2e-6}
-"""Relative error of values and of the pixels' gradient, by format."""
-needs_native = pytest.mark.skipif(native().module is None, reason=native().reason)
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pictures(shape: tuple[int, ...], *, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Channels last, with a mean as large as the deviation."""
-    return (drawn(*shape, seed=seed) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def channel_norm(channels: int) -> ChannelNorm:
-    norm = ChannelNorm(channels)
-    nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(2))
-    nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(3))
-    return norm
-
-
-def fused(pixels: Tensor, norm: ChannelNorm, activation: nn.Module, *, pool: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=pixels.dtype == torch.bfloat16):
-        assert takes(pixels, norm=norm, activation=activation, pool=pool)
-        return normalise(pixels, norm=norm, activation=activation, pool=pool)
-
-
-def plain(pixels: Tensor, norm: nn.Module, activation: nn.Module, *, pool: bool) -> Tensor:
-    result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
-    return result
-
-
-def off(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-6))
+    return with_parameters(ChannelNorm(channels))
 
 
 @needs_native

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fused_layers import ROUNDING, drawn, fused, needs_native, off, pictures, plain, with_parameters
+from torch import nn
 
 from pairclip_fast.models import convolution, fused_norm, stages
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
@@ -18,41 +19,10 @@ from pairclip_fast.native import native
 SHAPES = [(3, 32, 7, 5), (2, 96, 8, 2), (9, 64, 15, 15), (17, 288, 3, 2), (2, 32, 2, 3)]
 """Pictures, channels, height, width: odd sides, more pictures than a piece, more channels than go at a time."""
 FAULTS = ("gradient of the mean", "gradient of the variance", "another place of the maximum", "biased running variance")
-ROUNDING = {torch.bfloat16: 4e-3, torch.float32: 2e-6}
-"""Relative error of values and of the pixels' gradient, by format."""
-needs_native = pytest.mark.skipif(native().module is None, reason=native().reason)
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pictures(shape: tuple[int, ...], *, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Channels last, with a mean several times the deviation."""
-    return (drawn(*shape, seed=seed) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels)
-    nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(2))
-    nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(3))
-    return norm
-
-
-def fused(pixels: Tensor, norm: nn.BatchNorm2d, activation: nn.Module, *, pool: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=pixels.dtype == torch.bfloat16):
-        assert takes(pixels, norm=norm, activation=activation, pool=pool)
-        return normalise(pixels, norm=norm, activation=activation, pool=pool)
-
-
-def plain(pixels: Tensor, norm: nn.Module, activation: nn.Module, *, pool: bool) -> Tensor:
-    result: Tensor = activation(norm(F.max_pool2d(pixels, 2) if pool else pixels))
-    return result
-
-
-def off(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
+    return with_parameters(nn.BatchNorm2d(channels))
 
 
 @needs_native
