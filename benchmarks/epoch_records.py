@@ -20,7 +20,9 @@ FORMAT = 2
 LARGEST_RECORD_BYTES = 4 << 20
 AGREEMENT = 1e-3
 """Relative; figures of one row that follow from each other."""
-FASTEST_OF_PEAK = 1.2
+SAVED = 4.0
+"""Of the multiplications that are counted, minimal filtering leaves out this many for one that it does (9 * 16 / 36)."""
+FASTEST_OF_PEAK = 1.2 * SAVED
 """A step cannot beat the measured matrix peak by more: one look at the peak may have met a busy moment."""
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0, lt=1e15)]

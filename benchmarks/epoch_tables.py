@@ -85,6 +85,7 @@ def measured_table(rows: Sequence[EpochRow], *, missing_gpu: bool) -> Table:
         (
             f"minutes per epoch of {EPOCH_PAIRS:,} pairs: median [quartiles], training only, {how}; in all: times the preset's epochs",
             "format: what --amp chose; of peak: of a large matrix product in that format, measured on the same machine",
+            "(TFLOP/s count convolutions by their definition; minimal filtering does with less, and may so be beyond 100 %)",
             "peak GiB: of the process while it trained (on a GPU of torch's pool)",
         ),
     )
