@@ -2,8 +2,9 @@
 
 Forward and backward really run (without data) under torch's FLOP counter, so skipped gradients (the first layer's input),
 frozen parts and the caption bank are counted as they are and not as "three times the forward". Only matrix products and
-convolutions count, one multiply-add as two, as everywhere in the literature. Attention is counted by its formula whatever
-kernel runs it: recomputation inside a kernel is not work done for the model.
+convolutions count, one multiply-add as two, as everywhere in the literature. Attention and convolutions are counted by
+their formulas whatever runs them: recomputation inside a kernel is not work done for the model, and minimal filtering
+(`models.convolution`) does the same work with fewer multiplications.
 """
 
 from __future__ import annotations
