@@ -197,7 +197,9 @@ class WinogradTask {
     if (channels - c >= kLanes) {
 #pragma GCC unroll 6
       for (int k = 0; k < Count; ++k) {
-        in[k] = at[k] == nullptr ? Vec{} : load(at[k] + c);
+        in[k] = Vec{};
+        if (at[k] == nullptr) continue;
+        in[k] = load(at[k] + c);
         __builtin_prefetch(at[k] + c + 8 * channels);
       }
     } else {
