@@ -36,6 +36,15 @@ T* numbers(const nb::ndarray<T, nb::ndim<4>, nb::c_contig, nb::device::cpu>& pic
 }
 bf16* numbers(const Pictures<bf16>& pictures) { return reinterpret_cast<bf16*>(pictures.data()); }
 
+// Of a convolution between these pictures, which keeps the size.
+template <class T>
+Sizes sizes(const T& pixels, const T& outputs) {
+  expect(pixels.size() > 0 && outputs.size() > 0, "there are pixels");
+  for (int axis = 0; axis < 3; ++axis) expect(outputs.shape(axis) == pixels.shape(axis), "sizes differ");
+  const auto length = [&](int axis) { return static_cast<int>(pixels.shape(axis)); };
+  return {length(0), length(1), length(2), length(3), static_cast<int>(outputs.shape(3))};
+}
+
 template <class T>
 Layer layer_of(const T& pixels, bool pooled, const std::string& name) {
   const Layer found{static_cast<int>(pixels.shape(0)),
@@ -83,17 +92,9 @@ void bind_for(nb::module_& module) {
   module.def(
       "weight_gradient",
       [](int threads, Pictures<T> pixels, Pictures<T> gradient, Filter result) {
-        const WeightGradient<T> call{numbers(pixels),
-                                     numbers(gradient),
-                                     static_cast<int>(pixels.shape(0)),
-                                     static_cast<int>(pixels.shape(1)),
-                                     static_cast<int>(pixels.shape(2)),
-                                     static_cast<int>(pixels.shape(3)),
-                                     static_cast<int>(gradient.shape(3))};
-        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
+        const WeightGradient<T> call{sizes(pixels, gradient), numbers(pixels), numbers(gradient)};
+        expect(threads > 0, "there are threads");
         expect(std::is_same_v<T, float> || call.outputs % kBlock == 0, "output channels are a multiple of 32");
-        expect(gradient.size() == pixels.size() / call.inputs * call.outputs && gradient.shape(2) == pixels.shape(2),
-               "sizes differ");
         expect(result.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
         float* const weight = result.data();
         const nb::gil_scoped_release released;
@@ -181,16 +182,8 @@ void bind(nb::module_& module) {
   module.def(
       "convolve",
       [](int threads, Pictures<float> pixels, Filter weight, bool turned, Pictures<float> result) {
-        const Convolution call{pixels.data(),
-                               weight.data(),
-                               turned,
-                               static_cast<int>(pixels.shape(0)),
-                               static_cast<int>(pixels.shape(1)),
-                               static_cast<int>(pixels.shape(2)),
-                               static_cast<int>(pixels.shape(3)),
-                               static_cast<int>(result.shape(3))};
-        expect(threads > 0 && pixels.size() > 0 && call.outputs > 0, "there are pixels");
-        expect(result.size() == pixels.size() / call.inputs * call.outputs && result.shape(2) == pixels.shape(2), "sizes differ");
+        const Convolution call{sizes(pixels, result), pixels.data(), weight.data(), turned};
+        expect(threads > 0, "there are threads");
         expect(weight.size() == std::size_t{9} * call.inputs * call.outputs, "wrong size of the weight");
         float* const out = result.data();
         const nb::gil_scoped_release released;

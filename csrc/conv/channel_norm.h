@@ -12,7 +12,7 @@ namespace pairclip::conv::PAIRCLIP_VARIANT {
 // The first `live` of 32 numbers; zeros after them.
 inline Row read_some(const float* from, int live) {
   if (live >= kBlock) return read_on(from);
-  __builtin_prefetch(from + 1024);
+  fetch_ahead(from);
   return each([&](int v) { return load_first(from + v * kLanes, live - v * kLanes); });
 }
 
@@ -23,7 +23,7 @@ inline void write_some(float* to, const Row& row, int live) {
 
 inline Row read_some(const bf16* from, int live) {
   if (live >= kBlock) return read_on(from);
-  __builtin_prefetch(from + 2048);
+  fetch_ahead(from);
 #if defined(__AVX512BW__)
   const __m512i line = _mm512_maskz_loadu_epi16((1u << live) - 1, from);
   const auto widened = [](__m256i half) { return floats_of(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(half)) << 16); };

@@ -54,8 +54,7 @@ void weight_gradient(const WeightGradient<std::uint16_t>& convolution, float* we
 
 void weight_gradient(const WeightGradient<float>& convolution, float* weight, int threads) {
   const WinogradEngine& chosen = engine().winograd;
-  const auto& [pixels, gradient, pictures, height, width, inputs, outputs] = convolution;
-  const Winograd call{pictures, height, width, inputs, outputs, chosen.rows, chosen.columns};
+  const Winograd call{convolution, chosen.rows, chosen.columns};
   in_pieces(
       call.tiles(), call.gradient_bytes(), call.sums(), call.panels(),
       [&](Range tiles, char* scratch, float* sums) {
@@ -74,8 +73,7 @@ void weight_gradient(const WeightGradient<float>& convolution, float* weight, in
 
 void convolve(const Convolution& convolution, float* result, int threads) {
   const WinogradEngine& chosen = engine().winograd;
-  const Winograd call{convolution.pictures, convolution.height, convolution.width, convolution.inputs,
-                      convolution.outputs,  chosen.rows,        chosen.columns};
+  const Winograd call{convolution, chosen.rows, chosen.columns};
   const std::size_t of_worker = on_lines(call.convolve_bytes());
   const Buffer filters(call.filters() * sizeof(float)), scratch(threads * of_worker);
   float* const transformed = reinterpret_cast<float*>(filters.at(0));

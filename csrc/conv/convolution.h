@@ -8,11 +8,14 @@ namespace pairclip::conv {
 
 constexpr int kPieces = 8;  // of the pictures, each summed up by one task: the same for any number of threads
 
-// Of pictures in `T`, channels-last as all are.
-template <class T>
-struct WeightGradient {
-  const T *pixels, *gradient;
+// Of pictures and channels. Pictures are channels-last, as all are.
+struct Sizes {
   int pictures, height, width, inputs, outputs;
+};
+
+template <class T>
+struct WeightGradient : Sizes {
+  const T *pixels, *gradient;
 };
 
 // In bfloat16, by tile products. Channels of the gradient are a multiple of 32.
@@ -34,10 +37,9 @@ struct TileFilters : WeightGradient<std::uint16_t> {
 };
 
 // In float32, by minimal filtering (winograd.h), in tiles of 4x4 pixels.
-struct Winograd {
+struct Winograd : Sizes {
   static constexpr int kPlanes = 36;
 
-  int pictures, height, width, inputs, outputs;
   int rows, columns;  // of a product that stays in registers; the instruction set's choice
 
   int tile_columns() const { return (width + 3) / 4; }
@@ -68,10 +70,9 @@ struct Winograd {
 
 // In float32. With `turned` filters, [inputs, 3, 3, outputs] instead of [outputs, 3, 3, inputs], it is the input gradient of the
 // convolution with these, and `pixels` its output's gradient.
-struct Convolution {
+struct Convolution : Sizes {
   const float *pixels, *weight;
   bool turned;
-  int pictures, height, width, inputs, outputs;
 };
 
 // `weight` becomes [outputs, 3, 3, inputs], `result` [pictures, height, width, outputs].

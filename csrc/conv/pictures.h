@@ -14,8 +14,12 @@ typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
 // Pictures are read from begin to end, two rows at a time. Asking for what comes 4 KB later made a pass over more than the caches
 // hold three times as fast on a Zen 5 (throw-away program).
 template <class T>
-Row read_on(const T* from) {
+void fetch_ahead(const T* from) {
   __builtin_prefetch(from + 4096 / sizeof(T));
+}
+template <class T>
+Row read_on(const T* from) {
+  fetch_ahead(from);
   return read_row(from);
 }
 

@@ -8,8 +8,8 @@
 //   gradient = G' [sum of (B' pixels B) * (A gradient A')] G        of the filter
 //
 // Blocks of tiles keep what is transformed within the caches. A tile's row of channels is an odd number of cache lines long, so
-// that neither tiles nor the 36 planes fall into the same few places of a cache. Rounding errors are some ten times those of the
-// definition, 1e-6 of the result, for the transformations' largest factors are 4, 5 and 8.
+// that neither tiles nor the 36 planes fall into the same few places of a cache. Rounding errors are larger than by the
+// definition, some 1e-6 of the result, for the transformations' largest factors are 4, 5 and 8.
 //
 // Source: A. Lavin and S. Gray, "Fast algorithms for convolutional neural networks" (2016), F(4x4, 3x3).
 #pragma once

@@ -63,6 +63,6 @@ def why_no_extension() -> str | None:
 def parts_of_our_own(numbers: torch.dtype) -> str:
     """What the C++ extension does of a stage on this machine when it trains in that format, in words."""
     name = str(numbers).removeprefix("torch.")
-    filters = "convolution; " if numbers == torch.float32 else "gradient of the filters; "
-    ours = filters if wins_here(numbers) else ""
+    products = "convolution; " if numbers == torch.float32 else "gradient of the filters; "
+    ours = products if wins_here(numbers) else ""
     return f"C++, {native().module.conv.isa()}, {name}: {ours}pooling, normalisation and activation in one"
