@@ -54,7 +54,7 @@ inline Normed normed(Vec kept, const Channels& channels, int lane, const Activat
 
 template <class T>
 void apply(const Layer& layer, const Forward<T>& pass, const Channels& channels, Range pictures) {
-  with_activation(layer.activation, [&](auto activate) {
+  with_activation<T>(layer.activation, [&](auto activate) {
     for (int picture = pictures.begin; picture < pictures.end; ++picture)
       each_block(layer, {0, layer.channels}, [&](int pixel, int c) {
         const std::int64_t at = picture * layer.kept_picture() + std::int64_t{pixel} * layer.channels + c;
@@ -67,7 +67,7 @@ void apply(const Layer& layer, const Forward<T>& pass, const Channels& channels,
 
 template <class T>
 void gather_slopes(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures, double* sums) {
-  with_activation(layer.activation, [&](auto activate) {
+  with_activation<T>(layer.activation, [&](auto activate) {
     sum_pictures(layer, pictures, sums, [&](int picture, Range some, auto& found) {
       each_block(layer, some, [&](int pixel, int c) {
         const std::int64_t at = picture * layer.kept_picture() + std::int64_t{pixel} * layer.channels + c;
@@ -88,7 +88,7 @@ void gather_slopes(const Layer& layer, const Backward<T>& pass, const Channels& 
 
 template <class T>
 void spread(const Layer& layer, const Backward<T>& pass, const Channels& channels, Range pictures) {
-  with_activation(layer.activation, [&](auto activate) {
+  with_activation<T>(layer.activation, [&](auto activate) {
     for (int picture = pictures.begin; picture < pictures.end; ++picture) {
       T* const to = pass.result + picture * layer.picture();
       if (layer.pooled) clear_rest(layer, to);

@@ -167,12 +167,13 @@ class ChannelNorm {
 
 template <class T>
 void channel_forward(const Layer& layer, const Forward<T>& pass, const Affine& affine, Range pictures) {
-  with_activation(layer.activation, [&](auto activate) { ChannelNorm(layer, affine, activate).forward(pass, pictures); });
+  with_activation<T>(layer.activation, [&](auto activate) { ChannelNorm(layer, affine, activate).forward(pass, pictures); });
 }
 
 template <class T>
 void channel_backward(const Layer& layer, const Backward<T>& pass, const Affine& affine, Range pictures, double* sums) {
-  with_activation(layer.activation, [&](auto activate) { ChannelNorm(layer, affine, activate).backward(pass, pictures, sums); });
+  with_activation<T>(layer.activation,
+                     [&](auto activate) { ChannelNorm(layer, affine, activate).backward(pass, pictures, sums); });
 }
 
 }  // namespace pairclip::conv::PAIRCLIP_VARIANT

@@ -1,6 +1,8 @@
 // The activations of the MLP, each with its derivative, which the forward pass computes at once and keeps.
 #pragma once
 
+#include <type_traits>
+
 #include "tower/exponential.h"
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
@@ -24,28 +26,30 @@ inline Vec reciprocal(Vec x) {
 
 // x * Phi(x) and Phi(x) + x * phi(x) (Hendrycks and Gimpel 2016).
 //
-// The formula, everywhere: the error function by 7.1.26 of Abramowitz and Stegun (1964), off by at most 1.5e-7, whose
-// exponential is the density's too.
-inline Activated gelu_by_formula(Vec x) {
-  constexpr float kRootHalf = 0x1.6a09e6p-1f, kDensity = 0x1.988454p-2f;  // sqrt(1 / 2), 1 / sqrt(2 pi)
-  const Vec z = magnitude(x) * kRootHalf;
-  const Vec e = exponential(-z * z);
-  const Vec t = reciprocal(fma(z, set(0.3275911f), set(1.0f)));
-  Vec p = set(1.061405429f);
-  p = fma(p, t, set(-1.453152027f));
-  p = fma(p, t, set(1.421413741f));
-  p = fma(p, t, set(-0.284496736f));
-  p = fma(p, t, set(0.254829592f));
-  const Vec tail = 0.5f * p * t * e;  // 1 - Phi(|x|)
-  const Vec phi = choose(x < 0.0f, tail, 1.0f - tail);
-  return {x * phi, fma(x * e, set(kDensity), phi)};
-}
+// The formula: the error function by 7.1.26 of Abramowitz and Stegun (1964), off by at most 1.5e-7, whose exponential is the
+// density's too.
+struct GeluByFormula {
+  Activated operator()(Vec x) const {
+    constexpr float kRootHalf = 0x1.6a09e6p-1f, kDensity = 0x1.988454p-2f;  // sqrt(1 / 2), 1 / sqrt(2 pi)
+    const Vec z = magnitude(x) * kRootHalf;
+    const Vec e = exponential(-z * z);
+    const Vec t = reciprocal(fma(z, set(0.3275911f), set(1.0f)));
+    Vec p = set(1.061405429f);
+    p = fma(p, t, set(-1.453152027f));
+    p = fma(p, t, set(1.421413741f));
+    p = fma(p, t, set(-0.284496736f));
+    p = fma(p, t, set(0.254829592f));
+    const Vec tail = 0.5f * p * t * e;  // 1 - Phi(|x|)
+    const Vec phi = choose(x < 0.0f, tail, 1.0f - tail);
+    return {x * phi, fma(x * e, set(kDensity), phi)};
+  }
+};
 
 #if defined(__AVX512F__)
 
-// Cubics for Phi(x) - 1/2 and the derivative - 1/2 in 32 pieces of [0, 6), through Chebyshev's nodes: off by at most 2e-6, with
-// half of the formula's instructions, which are what a product with GELU waits for. Both functions are odd. The last piece is
-// constant, so that what is far away is exactly 0 or x.
+// Cubics for Phi(x) - 1/2 and the derivative - 1/2 in 32 pieces of [0, 6), through Chebyshev's nodes: off by at most 2e-6, for
+// results that are rounded to bfloat16, with half of the formula's instructions, which are what a product with GELU waits for.
+// Both functions are odd. The last piece is constant, so that what is far away is exactly 0 or x.
 struct GeluTable {
   static constexpr int kPieces = 32;
   static constexpr float kPerUnit = kPieces / 6.0f;
@@ -117,9 +121,7 @@ class Gelu {
 
 #else
 
-struct Gelu {
-  Activated operator()(Vec x) const { return gelu_by_formula(x); }
-};
+using Gelu = GeluByFormula;
 
 #endif
 
@@ -136,10 +138,11 @@ struct Silu {
   }
 };
 
-template <class Use>
+// `T` is what the results are stored as.
+template <class T, class Use>
 void with_activation(Activation activation, Use use) {
   if (activation == Activation::gelu) {
-    use(Gelu());
+    use(std::conditional_t<std::is_same_v<T, float>, GeluByFormula, Gelu>());
   } else if (activation == Activation::relu) {
     use(Relu());
   } else {

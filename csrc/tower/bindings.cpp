@@ -49,8 +49,9 @@ std::vector<Pointer> pointers(const Shape& shape, const std::vector<Array>& arra
   return found;
 }
 
-Pass pass(const Shape& shape, int threads, const Bytes& memory, const ReadFloats& tokens, const Floats& result) {
-  expect(threads > 0 && memory.size() >= workspace_bytes(shape, threads), "the workspace is too small");
+Pass pass(const Engine& engine, const Shape& shape, int threads, const Bytes& memory, const ReadFloats& tokens,
+          const Floats& result) {
+  expect(threads > 0 && memory.size() >= engine.workspace_bytes(shape, threads), "the workspace is too small");
   const std::size_t numbers = static_cast<std::size_t>(shape.rows()) * shape.width;
   expect(tokens.size() == numbers && result.size() == numbers, "wrong number of tokens");
   return {shape, reinterpret_cast<char*>(memory.data()), tokens.data(), result.data(), nullptr, nullptr};
@@ -67,24 +68,30 @@ void bind(nb::module_& module) {
              const std::string& name) { new (self) Shape(shape(batch, tokens, width, mlp_width, heads, depth, pre_norm, name)); },
           nb::kw_only(), nb::arg("batch"), nb::arg("tokens"), nb::arg("width"), nb::arg("mlp_width"), nb::arg("heads"),
           nb::arg("depth"), nb::arg("pre_norm"), nb::arg("activation"));
-  module.def("engines", engine_names, "Names that the passes take as their engine, best last.");
-  module.def("workspace_bytes", workspace_bytes, "Bytes that a pass works in.");
+  module.def("engines", engine_names,
+             "Names that the passes take as their engine: emulated, avx512_bf16 and amx in bfloat16, the others in float32.");
+  module.def(
+      "workspace_bytes",
+      [](const std::string& name, const Shape& shape, int threads) { return engine(name).workspace_bytes(shape, threads); },
+      "Bytes that a pass works in.");
   module.def("prefer_huge_pages", [](Bytes memory) { prefer_huge_pages(memory.data(), memory.size()); });
   module.def("forward", [](const std::string& name, int threads, const Shape& shape, Bytes memory, ReadFloats tokens,
                            const std::vector<ReadFloats>& parameters, Floats result) {
     const auto given = pointers<const float*>(shape, parameters);
-    Pass asked = pass(shape, threads, memory, tokens, result);
+    const Engine& chosen = engine(name);
+    Pass asked = pass(chosen, shape, threads, memory, tokens, result);
     asked.parameters = given.data();
     const nb::gil_scoped_release released;
-    forward(engine(name), asked, threads);
+    forward(chosen, asked, threads);
   });
   module.def("backward", [](const std::string& name, int threads, const Shape& shape, Bytes memory, ReadFloats gradient,
                             Floats result, const std::vector<Floats>& gradients) {
     const auto wanted = pointers<float*>(shape, gradients);
-    Pass asked = pass(shape, threads, memory, gradient, result);
+    const Engine& chosen = engine(name);
+    Pass asked = pass(chosen, shape, threads, memory, gradient, result);
     asked.gradients = wanted.data();
     const nb::gil_scoped_release released;
-    backward(engine(name), asked, threads);
+    backward(chosen, asked, threads);
   });
   module.def(
       "activate",

@@ -8,11 +8,12 @@ namespace pairclip::tower::PAIRCLIP_VARIANT {
 constexpr float kNormEpsilon = 1e-5f;  // torch.nn.LayerNorm's default
 
 // `in` and `out` begin at strip 0 of the matrix, as everything that `norm` holds.
-inline void normalise(const bf16* in, bf16* out, int panels, Range strips, const Norm& norm) {
+template <class T>
+void normalise(const T* in, T* out, int panels, Range strips, const Norm& norm) {
   const float count = static_cast<float>(panels * kBlock);
   for (std::int64_t row = std::int64_t{strips.begin} * kBlock; row < std::int64_t{strips.end} * kBlock; ++row) {
-    const bf16* from = row_at(const_cast<bf16*>(in), panels, row, 0);
-    bf16* to = row_at(out, panels, row, 0);
+    const T* from = row_at(in, panels, row, 0);
+    T* to = row_at(out, panels, row, 0);
     Row sums{};
     for (int panel = 0; panel < panels; ++panel) sums = sums + read_row(from + panel * kBlockNumbers);
     const float mean = total(sums) / count;
@@ -36,20 +37,22 @@ inline void normalise(const bf16* in, bf16* out, int panels, Range strips, const
   }
 }
 
+template <class T>
 struct NormGradient {
-  const bf16* in;        // what was normalised
-  const bf16* gradient;  // of the result, from the first of the strips on
-  const bf16* residual;  // added to the gradient of `in`; null for none
-  bf16* out;             // gradient of `in`; may be `in` or `residual` itself
+  const T* in;        // what was normalised
+  const T* gradient;  // of the result, from the first of the strips on
+  const T* residual;  // added to the gradient of `in`; null for none
+  T* out;             // gradient of `in`; may be `in` or `residual` itself
 };
 
 // Also leaves the strips' sums for the gradients of weight and bias.
-inline void normalise_backward(const NormGradient& call, int panels, Range strips, const Norm& norm) {
+template <class T>
+void normalise_backward(const NormGradient<T>& call, int panels, Range strips, const Norm& norm) {
   const float count = static_cast<float>(panels * kBlock);
   const std::size_t width = static_cast<std::size_t>(panels) * kBlock;
   for (int strip = strips.begin; strip < strips.end; ++strip) {
-    const bf16* in = block_at(const_cast<bf16*>(call.in), panels, strip, 0);
-    const bf16* gradient = block_at(const_cast<bf16*>(call.gradient), panels, strip - strips.begin, 0);
+    const T* in = block_at(call.in, panels, strip, 0);
+    const T* gradient = block_at(call.gradient, panels, strip - strips.begin, 0);
     const float *mean = norm.mean + strip * kBlock, *scale = norm.scale + strip * kBlock;
     float means[kBlock], slopes[kBlock];
     for (int r = 0; r < kBlock; ++r) {
@@ -74,8 +77,7 @@ inline void normalise_backward(const NormGradient& call, int panels, Range strip
         bias_sums = bias_sums + g;
         Row found =
             each([&](int i) { return scale[r] * (fma(g.part[i], weight.part[i], set(-means[r])) - normal.part[i] * slopes[r]); });
-        if (call.residual != nullptr)
-          found = found + read_row(block_at(const_cast<bf16*>(call.residual), panels, strip, 0) + place);
+        if (call.residual != nullptr) found = found + read_row(block_at(call.residual, panels, strip, 0) + place);
         write_row(block_at(call.out, panels, strip, 0) + place, found);
       }
       float* sums = norm.sums + strip * 2 * width + panel * kBlock;

@@ -11,14 +11,15 @@
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 
+template <class T>
 struct Product {
-  const bf16* left;  // first strip of a matrix in blocks
+  const T* left;  // first strip of a matrix in blocks
   int left_panels;
   int strips;
-  const bf16* weight;  // packed
-  int weight_blocks;   // of its depth
+  const T* weight;    // packed
+  int weight_blocks;  // of its depth
   int panels;
-  float* sums;  // [panels][kMostStrips] blocks; used where depth comes in pieces
+  float* sums;  // [panels][most_strips] blocks; used where depth comes in pieces
 };
 
 // A part of the depth, in blocks: of the left factor from `left`, of the weight from `weight` on.
@@ -28,13 +29,14 @@ struct Depth {
 };
 
 // finish(strip, panel, row, sums): the 32 sums of one row. Called for every row if this is the last part of the depth.
-template <class Finish>
-void multiply(const Product& product, Depth depth, Finish finish) {
+template <class T, class Finish>
+void multiply(const Product<T>& product, Depth depth, Finish finish) {
   alignas(64) float finished[2][kBlockNumbers];
   const std::size_t left_stride = static_cast<std::size_t>(product.left_panels) * kBlockNumbers;
   const std::size_t weight_stride = static_cast<std::size_t>(product.weight_blocks) * kBlockNumbers;
   const int rows_per_step = (kBlock + depth.blocks - 1) / depth.blocks;
-  const int lines_per_step = (kBlock + product.strips - 1) / product.strips;  // of the next panel: 32 lines a block
+  constexpr int kLines = kBlockNumbers * sizeof(T) / 64;
+  const int lines_per_step = (kLines + product.strips - 1) / product.strips;  // of a block of the next panel
   int waiting = -1, turn = 0;
   int waiting_strip = 0, waiting_panel = 0;
   const auto finish_rows = [&](int from, int to) {
@@ -42,11 +44,11 @@ void multiply(const Product& product, Depth depth, Finish finish) {
     for (int r = from; r < to; ++r) finish(waiting_strip, waiting_panel, r, sums + r * kBlock);
   };
   for (int panel = 0; panel < product.panels; ++panel) {
-    const bf16* right = product.weight + panel * weight_stride + static_cast<std::size_t>(depth.weight) * kBlockNumbers;
+    const T* right = product.weight + panel * weight_stride + static_cast<std::size_t>(depth.weight) * kBlockNumbers;
     for (int strip = 0; strip < product.strips; ++strip) {
-      const bf16* left = product.left + strip * left_stride + static_cast<std::size_t>(depth.left) * kBlockNumbers;
-      float* sums = product.sums + (static_cast<std::size_t>(panel) * kMostStrips + strip) * kBlockNumbers;
-      Tiles tiles;
+      const T* left = product.left + strip * left_stride + static_cast<std::size_t>(depth.left) * kBlockNumbers;
+      float* sums = product.sums + (static_cast<std::size_t>(panel) * most_strips(sizeof(T)) + strip) * kBlockNumbers;
+      TilesOf<T> tiles;
       if (depth.first) {
         tiles.clear();
       } else {
@@ -55,7 +57,7 @@ void multiply(const Product& product, Depth depth, Finish finish) {
       const char* next = reinterpret_cast<const char*>(right + weight_stride) + strip * lines_per_step * 64;
       int row = waiting >= 0 ? 0 : kBlock;
       for (int k = 0; k < depth.blocks; ++k) {
-        for (int line = 0; line < lines_per_step; ++line) prefetch(next + k * kBlockNumbers * 2 + line * 64);
+        for (int line = 0; line < lines_per_step; ++line) prefetch(next + k * kBlockNumbers * sizeof(T) + line * 64);
         tiles.multiply(left + k * kBlockNumbers, right + k * kBlockNumbers, true);
         if (row < kBlock) {
           const int end = row + rows_per_step < kBlock ? row + rows_per_step : kBlock;
@@ -75,11 +77,11 @@ void multiply(const Product& product, Depth depth, Finish finish) {
 }
 
 // The whole depth, in pieces, of `kPiece` panels at a time. finish(strip, panel, row, sums) as above.
-template <class Finish>
-void multiply_whole(Product product, Finish finish) {
+template <class T, class Finish>
+void multiply_whole(Product<T> product, Finish finish) {
   const int blocks = product.weight_blocks, panels = product.panels;
   const int group = blocks > kPiece ? kPiece : panels;
-  const bf16* weight = product.weight;
+  const T* weight = product.weight;
   for (int panel = 0; panel < panels; panel += group) {
     product.weight = weight + static_cast<std::size_t>(panel) * blocks * kBlockNumbers;
     product.panels = panels - panel < group ? panels - panel : group;

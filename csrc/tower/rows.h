@@ -1,10 +1,14 @@
-// Rows of 32 bfloat16, a cache line each, and how a block of 32 of them becomes a factor of a tile product.
+// Rows of 32 numbers, and how a block of 32 of them becomes a factor of a tile product. Numbers are bfloat16, a cache line a row,
+// or float32: `T` here and in all that follows.
 //
 // As the left factor of a product over its columns a block is what it is. The other three ways are here: left over its rows
 // (transposed), right with its rows as depth, right with its rows as columns.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/tiles.h"
+#include "kernels/tiles_float32.h"
 #include "tower/engine.h"
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
@@ -12,6 +16,9 @@ namespace pairclip::tower::PAIRCLIP_VARIANT {
 using namespace kernels::PAIRCLIP_VARIANT;
 
 constexpr int kVecs = kBlock / kLanes;
+
+template <class T>
+using TilesOf = std::conditional_t<std::is_same_v<T, float>, Float32Tiles, Tiles>;
 
 // Into the second-level cache.
 inline void prefetch(const void* where) { __builtin_prefetch(where, 0, 2); }
@@ -63,12 +70,14 @@ inline Row operator*(const Row& a, const Row& b) {
   return each([&](int i) { return a.part[i] * b.part[i]; });
 }
 
-inline bf16* block_at(bf16* matrix, int panels, int strip, int panel) {
+template <class T>
+T* block_at(T* matrix, int panels, int strip, int panel) {
   return matrix + (static_cast<std::size_t>(strip) * panels + panel) * kBlockNumbers;
 }
 
 // Row `row` of a matrix in blocks, in one of its panels.
-inline bf16* row_at(bf16* matrix, int panels, std::int64_t row, int panel) {
+template <class T>
+T* row_at(T* matrix, int panels, std::int64_t row, int panel) {
   return block_at(matrix, panels, static_cast<int>(row / kBlock), panel) + row % kBlock * kBlock;
 }
 
@@ -87,16 +96,28 @@ inline void pair_rows(const bf16* block, bf16* low, bf16* high, int i) {
 }
 
 // Right factor with the block's rows as depth.
+inline void pack_rows_as_depth(const float* block, float* out) { std::memcpy(out, block, kBlockNumbers * sizeof(float)); }
 inline void pack_rows_as_depth(const bf16* block, bf16* out) {
   for (int i = 0; i < kBlock / 2; ++i) pair_rows(block, out, out + kBlockNumbers / 2, i);
 }
 
 // Right factor with the block's rows as columns.
+inline void pack_rows_as_columns(const float* block, float* out) { transpose(block, kBlock, kBlock, kBlock, out, kBlock); }
 inline void pack_rows_as_columns(const bf16* block, bf16* out) {
   for (int half = 0; half < kBlockNumbers; half += kBlockNumbers / 2) transpose(block + half, 16, 16, 16, out + half, 16);
 }
 
+// The sums of a block's columns, row after row.
+template <class T>
+void add_rows(const T* block, float* sums) {
+  for (int r = 0; r < kBlock; ++r) write_row(sums, read_row(sums) + read_row(block + r * kBlock));
+}
+
 // Left factor with the block's rows as depth. Adds the sums of its columns to `sums` if they are wanted.
+inline void pack_transposed(const float* block, float* out, float* sums) {
+  pack_rows_as_columns(block, out);
+  if (sums != nullptr) add_rows(block, sums);
+}
 inline void pack_transposed(const bf16* block, bf16* out, float* sums) {
   alignas(64) bf16 pairs[kBlockNumbers];
   pack_rows_as_depth(block, pairs);
@@ -114,7 +135,7 @@ inline void pack_transposed(const bf16* block, bf16* out, float* sums) {
     store(sums + 16 * half, found);
   }
 #else
-  for (int r = 0; r < kBlock; ++r) write_row(sums, read_row(sums) + read_row(block + r * kBlock));
+  add_rows(block, sums);
 #endif
 }
 

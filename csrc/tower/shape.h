@@ -9,10 +9,13 @@ enum class Activation { gelu, relu, silu };
 
 constexpr int kBlock = 32;  // rows and columns of a block of a matrix: two tiles
 constexpr int kBlockNumbers = kBlock * kBlock;
-constexpr int kMostStrips = 16;          // of a task: their inputs, sums and hidden pieces fill a second-level cache
-constexpr int kPiece = 16;               // blocks of depth that are summed up before the sums leave the registers
-constexpr int kMostGradientBlocks = 16;  // of a task of weight gradients, each way: 1 MB of sums
-constexpr int kGradientStrips = 12;      // rows of tokens that such a task packs at a time, in blocks
+constexpr int kPiece = 16;           // blocks of depth that are summed up before the sums leave the registers
+constexpr int kGradientStrips = 12;  // rows of tokens that a task of weight gradients packs at a time, in blocks
+
+// Of numbers of 2 or 4 bytes. Strips of a task: their inputs, sums and hidden pieces fill a second-level cache. Blocks of a task
+// of weight gradients, each way: what is packed for it does.
+constexpr int most_strips(int bytes) { return 32 / bytes; }
+constexpr int most_gradient_blocks(int bytes) { return 32 / bytes; }
 
 constexpr int kParametersPerBlock = 12;
 

@@ -8,7 +8,8 @@
 
 namespace pairclip::tower {
 
-// The names that `engine` takes here, best last: "emulated", with tiles in software, and the levels that multiply bfloat16.
+// The names that `engine` takes here: in bfloat16 "emulated", with tiles in software, and the levels that multiply it fast; in
+// float32 "portable" and "avx2".
 std::vector<std::string> engine_names();
 
 // Throws std::invalid_argument for a name that is not among them.

@@ -30,12 +30,13 @@ void end() {
 #endif
 }
 
+template <class T>
 void pack(const Pass& pass, int number, int matrix, int panel) {
-  const BlockBuffers block = pass.block(number);
+  const BlockBuffers<T> block = pass.block<T>(number);
   const float* const* parameters = pass.parameters + number * kParametersPerBlock;
   const int from = inputs(pass.shape, matrix), in_blocks = from / kBlock, out_blocks = outputs(pass.shape, matrix) / kBlock;
   const float* weight = parameters[kWeightOf[matrix]] + static_cast<std::size_t>(panel) * kBlock * from;
-  alignas(64) bf16 narrow[kBlockNumbers];
+  alignas(64) T narrow[kBlockNumbers];
   for (int k = 0; k < in_blocks; ++k) {
     for (int r = 0; r < kBlock; ++r)
       write_row(narrow + r * kBlock, read_row(weight + static_cast<std::size_t>(r) * from + k * kBlock));
@@ -45,8 +46,9 @@ void pack(const Pass& pass, int number, int matrix, int panel) {
   std::memcpy(block.bias[matrix] + panel * kBlock, parameters[kBiasOf[matrix]] + panel * kBlock, kBlock * sizeof(float));
 }
 
+template <class T>
 void copy_norms(const Pass& pass, int number) {
-  const BlockBuffers block = pass.block(number);
+  const BlockBuffers<T> block = pass.block<T>(number);
   const float* const* parameters = pass.parameters + number * kParametersPerBlock;
   const std::size_t bytes = pass.shape.width * sizeof(float);
   std::memcpy(block.norm1.weight, parameters[kNorm1Weight], bytes);
@@ -55,53 +57,62 @@ void copy_norms(const Pass& pass, int number) {
   std::memcpy(block.norm2.bias, parameters[kNorm2Bias], bytes);
 }
 
-void forward_rows(const Pass& pass, int block, Range strips, const Scratch& scratch) {
-  RowPass(pass, strips, scratch).forward(block);
+template <class T>
+void forward_rows(const Pass& pass, int block, Range strips, int worker) {
+  RowPass<T>(pass, strips, pass.scratch<T>(worker)).forward(block);
 }
-void backward_rows(const Pass& pass, int block, Range strips, const Scratch& scratch) {
-  RowPass(pass, strips, scratch).backward(block);
+template <class T>
+void backward_rows(const Pass& pass, int block, Range strips, int worker) {
+  RowPass<T>(pass, strips, pass.scratch<T>(worker)).backward(block);
 }
 
 // Attention writes the rows of its samples; those of the padding come with the last sample.
-void clear_padding(const Shape& shape, int panels, bf16* matrix) {
+template <class T>
+void clear_padding(const Shape& shape, int panels, T* matrix) {
   for (std::int64_t row = shape.rows(); row < std::int64_t{shape.strips()} * kBlock; ++row)
-    for (int panel = 0; panel < panels; ++panel) std::memset(row_at(matrix, panels, row, panel), 0, kBlock * sizeof(bf16));
+    for (int panel = 0; panel < panels; ++panel) std::memset(row_at(matrix, panels, row, panel), 0, kBlock * sizeof(T));
 }
 
-void forward_attention(const Pass& pass, int number, Range samples, const Scratch& scratch) {
-  const BlockBuffers block = pass.block(number);
+template <class T>
+void forward_attention(const Pass& pass, int number, Range samples, int worker) {
+  const BlockBuffers<T> block = pass.block<T>(number);
+  char* const memory = pass.scratch<T>(worker).packed;
   for (int sample = samples.begin; sample < samples.end; ++sample)
-    for (int head = 0; head < pass.shape.heads; ++head) Head(pass.shape, sample, head, scratch.packed).forward(block);
+    for (int head = 0; head < pass.shape.heads; ++head) Head<T>(pass.shape, sample, head, memory).forward(block);
   if (samples.end == pass.shape.batch) clear_padding(pass.shape, pass.shape.panels(), block.attended);
 }
 
-void backward_attention(const Pass& pass, int number, Range samples, const Scratch& scratch) {
-  const BlockBuffers block = pass.block(number);
-  const bf16* gradient = pass.attended();
+template <class T>
+void backward_attention(const Pass& pass, int number, Range samples, int worker) {
+  const BlockBuffers<T> block = pass.block<T>(number);
+  const T* gradient = pass.attended<T>();
+  char* const memory = pass.scratch<T>(worker).packed;
   for (int sample = samples.begin; sample < samples.end; ++sample)
-    for (int head = 0; head < pass.shape.heads; ++head) Head(pass.shape, sample, head, scratch.packed).backward(block, gradient);
+    for (int head = 0; head < pass.shape.heads; ++head) Head<T>(pass.shape, sample, head, memory).backward(block, gradient);
   if (samples.end == pass.shape.batch) clear_padding(pass.shape, 3 * pass.shape.panels(), block.qkv);
 }
 
-void weight_gradient(const Pass& pass, int number, int matrix, Range output_blocks, Range input_blocks, const Scratch& scratch) {
-  const BlockBuffers block = pass.block(number);
-  const bf16* const gradients[] = {block.qkv, block.sum1, block.slope, block.sum2};
-  const bf16* const factors[] = {block.normed, block.attended, block.mlp_in, block.hidden};
+template <class T>
+void weight_gradient(const Pass& pass, int number, int matrix, Range output_blocks, Range input_blocks, int worker) {
+  const BlockBuffers<T> block = pass.block<T>(number);
+  const T* const gradients[] = {block.qkv, block.sum1, block.slope, block.sum2};
+  const T* const factors[] = {block.normed, block.attended, block.mlp_in, block.hidden};
   float* const* found = pass.gradients + number * kParametersPerBlock;
-  const WeightGradient call{.gradients = gradients[matrix],
-                            .inputs = factors[matrix],
-                            .gradient_panels = outputs(pass.shape, matrix) / kBlock,
-                            .input_panels = inputs(pass.shape, matrix) / kBlock,
-                            .outputs = output_blocks,
-                            .depth = input_blocks,
-                            .strips = pass.shape.strips(),
-                            .weight = found[kWeightOf[matrix]],
-                            .bias = input_blocks.begin == 0 ? found[kBiasOf[matrix]] : nullptr};
-  WeightGradientTask(call, scratch).run();
+  const WeightGradient<T> call{.gradients = gradients[matrix],
+                               .inputs = factors[matrix],
+                               .gradient_panels = outputs(pass.shape, matrix) / kBlock,
+                               .input_panels = inputs(pass.shape, matrix) / kBlock,
+                               .outputs = output_blocks,
+                               .depth = input_blocks,
+                               .strips = pass.shape.strips(),
+                               .weight = found[kWeightOf[matrix]],
+                               .bias = input_blocks.begin == 0 ? found[kBiasOf[matrix]] : nullptr};
+  WeightGradientTask<T>(call, pass.scratch<T>(worker)).run();
 }
 
+template <class T>
 void norm_gradient(const Pass& pass, int number, int norm) {
-  const BlockBuffers block = pass.block(number);
+  const BlockBuffers<T> block = pass.block<T>(number);
   const float* sums = (norm == 0 ? block.norm1 : block.norm2).sums;
   float* const* found = pass.gradients + number * kParametersPerBlock + (norm == 0 ? kNorm1Weight : kNorm2Weight);
   const int width = pass.shape.width;
@@ -114,8 +125,9 @@ void norm_gradient(const Pass& pass, int number, int norm) {
     }
 }
 
+template <class T>
 void activate(Activation activation, const float* numbers, int count, float* values, float* slopes) {
-  with_activation(activation, [&](auto chosen) {
+  with_activation<T>(activation, [&](auto chosen) {
     for (int i = 0; i < count; i += kLanes) {
       const Activated found = chosen(load(numbers + i));
       store(values + i, found.value);
@@ -124,21 +136,34 @@ void activate(Activation activation, const float* numbers, int count, float* val
   });
 }
 
+template <class T>
 constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
+                         .number_bytes = sizeof(T),
+                         .workspace_bytes = workspace_bytes<T>,
                          .begin = begin,
                          .end = end,
-                         .pack = pack,
-                         .copy_norms = copy_norms,
-                         .forward_rows = forward_rows,
-                         .backward_rows = backward_rows,
-                         .forward_attention = forward_attention,
-                         .backward_attention = backward_attention,
-                         .weight_gradient = weight_gradient,
-                         .norm_gradient = norm_gradient,
-                         .activate = activate};
+                         .pack = pack<T>,
+                         .copy_norms = copy_norms<T>,
+                         .forward_rows = forward_rows<T>,
+                         .backward_rows = backward_rows<T>,
+                         .forward_attention = forward_attention<T>,
+                         .backward_attention = backward_attention<T>,
+                         .weight_gradient = weight_gradient<T>,
+                         .norm_gradient = norm_gradient<T>,
+                         .activate = activate<T>};
 
 }  // namespace
 
-const Engine& engine() { return kEngine; }
+template <class T>
+const Engine& engine() {
+  return kEngine<T>;
+}
+
+#if !defined(__AVX2__) || defined(__AVX512BF16__)
+template const Engine& engine<bf16>();
+#endif
+#if !defined(__AVX512BF16__)
+template const Engine& engine<float>();
+#endif
 
 }  // namespace pairclip::tower::PAIRCLIP_VARIANT

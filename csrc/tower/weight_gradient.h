@@ -1,7 +1,7 @@
 // The gradient of a weight: gradients of the outputs, transposed, times inputs, summed over all tokens; and the bias's with it.
 //
-// A task owns up to 512 x 512 of the weight and goes through the tokens once, some strips at a time: packs them both ways,
-// then adds up products in sums of 1 MB that stay in the second-level cache. No two tasks add to the same number, so the
+// A task owns up to 512 x 512 of the weight (256 x 256 in float32) and goes through the tokens once, some strips at a time: packs
+// them both ways, then adds up products in sums that stay in the second-level cache. No two tasks add to the same number, so the
 // result does not depend on who computes what. It leaves as float32 in torch's layout [outputs, inputs].
 #pragma once
 
@@ -9,23 +9,25 @@
 
 namespace pairclip::tower::PAIRCLIP_VARIANT {
 
+template <class T>
 struct WeightGradient {
-  const bf16 *gradients, *inputs;  // matrices in blocks
+  const T *gradients, *inputs;  // matrices in blocks
   int gradient_panels, input_panels;
   Range outputs, depth;  // panels of either that this task is for
   int strips;
   float *weight, *bias;  // of the whole weight; bias null if another task has it
 };
 
+template <class T>
 class WeightGradientTask {
  public:
-  WeightGradientTask(const WeightGradient& call, const Scratch& scratch)
+  WeightGradientTask(const WeightGradient<T>& call, const Scratch<T>& scratch)
       : call_(call),
         outputs_(call.outputs.end - call.outputs.begin),
         inputs_(call.depth.end - call.depth.begin),
         sums_(scratch.sums),
-        left_(reinterpret_cast<bf16*>(scratch.packed)),
-        right_(left_ + static_cast<std::size_t>(kMostGradientBlocks) * kGradientStrips * kBlockNumbers) {}
+        left_(reinterpret_cast<T*>(scratch.packed)),
+        right_(left_ + static_cast<std::size_t>(most_gradient_blocks(sizeof(T))) * kGradientStrips * kBlockNumbers) {}
 
   void run() {
     if (call_.bias != nullptr) std::memset(call_.bias + call_.outputs.begin * kBlock, 0, sizeof(float) * outputs_ * kBlock);
@@ -44,12 +46,12 @@ class WeightGradientTask {
     for (int strip = strips.begin; strip < strips.end; ++strip) {
       for (int i = 0; i < outputs_; ++i) {
         const int panel = call_.outputs.begin + i;
-        pack_transposed(block_at(const_cast<bf16*>(call_.gradients), call_.gradient_panels, strip, panel),
+        pack_transposed(block_at(call_.gradients, call_.gradient_panels, strip, panel),
                         left_ + static_cast<std::size_t>(i * count + strip - strips.begin) * kBlockNumbers,
                         call_.bias == nullptr ? nullptr : call_.bias + panel * kBlock);
       }
       for (int j = 0; j < inputs_; ++j)
-        pack_rows_as_depth(block_at(const_cast<bf16*>(call_.inputs), call_.input_panels, strip, call_.depth.begin + j),
+        pack_rows_as_depth(block_at(call_.inputs, call_.input_panels, strip, call_.depth.begin + j),
                            right_ + static_cast<std::size_t>(j * count + strip - strips.begin) * kBlockNumbers);
     }
   }
@@ -62,10 +64,10 @@ class WeightGradientTask {
     for (int pair = 0; pair < pairs; ++pair) {
       const int i = pair % outputs_, j = pair / outputs_;
       float* sums = sums_ + static_cast<std::size_t>(pair) * kBlockNumbers;
-      const bf16 *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
-                 *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
+      const T *left = left_ + static_cast<std::size_t>(i * strips) * kBlockNumbers,
+              *right = right_ + static_cast<std::size_t>(j * strips) * kBlockNumbers;
       const int until = wanted * (pair + 1) / pairs;
-      Tiles tiles;
+      TilesOf<T> tiles;
       if (first) {
         tiles.clear();
       } else {
@@ -90,17 +92,15 @@ class WeightGradientTask {
   // The block that is packed as number `number` after strip `first` begins.
   void fetch(int first, int number) const {
     const int strip = first + number / (outputs_ + inputs_), block = number % (outputs_ + inputs_);
-    const bf16* from =
-        block < outputs_
-            ? block_at(const_cast<bf16*>(call_.gradients), call_.gradient_panels, strip, call_.outputs.begin + block)
-            : block_at(const_cast<bf16*>(call_.inputs), call_.input_panels, strip, call_.depth.begin + block - outputs_);
+    const T* from = block < outputs_ ? block_at(call_.gradients, call_.gradient_panels, strip, call_.outputs.begin + block)
+                                     : block_at(call_.inputs, call_.input_panels, strip, call_.depth.begin + block - outputs_);
     for (int line = 0; line < kBlock; ++line) prefetch(from + line * kBlock);
   }
 
-  const WeightGradient& call_;
+  const WeightGradient<T>& call_;
   int outputs_, inputs_;
   float* sums_;
-  bf16 *left_, *right_;
+  T *left_, *right_;
 };
 
 }  // namespace pairclip::tower::PAIRCLIP_VARIANT

@@ -1,8 +1,8 @@
 // Everything that a forward pass leaves for its backward pass, in one piece of memory that the caller owns.
 //
-// Matrices lie in blocks of 32 x 32 bfloat16, [strip of 32 rows][panel of 32 columns][32][32]: such a block is two tiles as the
-// left factor of a product, and 2 KB in one piece for whoever packs it as another factor. Rows beyond the last token are
-// padding: finite in activations, zero in gradients.
+// Matrices lie in blocks of 32 x 32 numbers, bfloat16 or float32: `T` below, [strip of 32 rows][panel of 32 columns][32][32].
+// Such a block is two tiles as the left factor of a product, and in one piece for whoever packs it as another factor. Rows beyond
+// the last token are padding: finite in activations, zero in gradients.
 //
 // The backward pass writes each gradient over the activation that it no longer needs, named in the comments below.
 #pragma once
@@ -41,29 +41,31 @@ struct Norm {
   float* sums;           // gradients of weight and bias, [strips][2][width]: added up in this order, whoever computed them
 };
 
+template <class T>
 struct BlockBuffers {
-  bf16* in;        // tokens; then, with norms before, their gradient
-  bf16* normed;    // with norms before: norm1 of `in`; else `in` itself
-  bf16* qkv;       // queries, keys, values; then their gradients
-  bf16* weights;   // softmax weights, [batch][heads][blocks of keys][tokens][32]
-  bf16* attended;  // before the output projection
-  bf16* sum1;      // `in` + attention; then its gradient
-  bf16* mlp_in;    // norm of `sum1`
-  bf16* hidden;    // after the activation
-  bf16* slope;     // the activation's derivative; then the gradient of what goes into it
-  bf16* sum2;      // with norms after: `mlp_in` + MLP; then its gradient; else `out` itself
-  bf16* out;       // `in` of the next block
+  T* in;        // tokens; then, with norms before, their gradient
+  T* normed;    // with norms before: norm1 of `in`; else `in` itself
+  T* qkv;       // queries, keys, values; then their gradients
+  T* weights;   // softmax weights, [batch][heads][blocks of keys][tokens][32]
+  T* attended;  // before the output projection
+  T* sum1;      // `in` + attention; then its gradient
+  T* mlp_in;    // norm of `sum1`
+  T* hidden;    // after the activation
+  T* slope;     // the activation's derivative; then the gradient of what goes into it
+  T* sum2;      // with norms after: `mlp_in` + MLP; then its gradient; else `out` itself
+  T* out;       // `in` of the next block
   Norm norm1, norm2;
-  bf16* forward[kMatrices];   // packed as right factors of x W^T: [panel of outputs][block of inputs]
-  bf16* backward[kMatrices];  // and of y W: [panel of inputs][block of outputs]
+  T* forward[kMatrices];   // packed as right factors of x W^T: [panel of outputs][block of inputs]
+  T* backward[kMatrices];  // and of y W: [panel of inputs][block of outputs]
   float* bias[kMatrices];
 };
 
+template <class T>
 struct Scratch {
-  float* sums;         // [panels][kMostStrips] blocks, or the blocks of a weight's gradient
-  float* hidden_sums;  // [kPiece][kMostStrips] blocks; used where the width comes in pieces
+  float* sums;         // [panels][most_strips] blocks, or the blocks of a weight's gradient
+  float* hidden_sums;  // [kPiece][most_strips] blocks; used where the width comes in pieces
   char* packed;        // factors of a weight's gradient, or what attention works with
-  bf16* rows;          // [kMostStrips][panels] blocks
+  T* rows;             // [most_strips][panels] blocks
 };
 
 // A forward or backward pass: sizes, memory, and what the caller hands in.
@@ -75,13 +77,18 @@ struct Pass {
   const float* const* parameters;  // forward: kParametersPerBlock per block
   float* const* gradients;         // backward: likewise
 
-  BlockBuffers block(int number) const;
-  Scratch scratch(int worker) const;
-  bf16* rolling() const;   // with norms after: the gradient between blocks
-  bf16* attended() const;  // gradient of `attended`, from one run of tasks to the next
+  template <class T>
+  BlockBuffers<T> block(int number) const;
+  template <class T>
+  Scratch<T> scratch(int worker) const;
+  template <class T>
+  T* rolling() const;  // with norms after: the gradient between blocks
+  template <class T>
+  T* attended() const;  // gradient of `attended`, from one run of tasks to the next
 };
 
 // Bytes of a workspace for so many threads.
+template <class T>
 std::size_t workspace_bytes(const Shape& shape, int threads);
 
 inline int outputs(const Shape& shape, int matrix) {

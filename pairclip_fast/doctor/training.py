@@ -158,7 +158,8 @@ def check_kernels() -> Check:
 
 
 def check_blocks() -> Check:
-    """What trains transformer blocks with `--amp`."""
+    """What trains transformer blocks, with `--amp` where that makes a difference."""
+    import torch
 
     from pairclip_fast.models.tower import best_engine, why_not_here
     from pairclip_fast.train.precision import cpu_bf16_feature
@@ -166,9 +167,11 @@ def check_blocks() -> Check:
     topic, device = "transformer blocks", training_device()
     if device != "cpu":
         return Check(topic=topic, status="ok", found="torch", reason=f"nothing of our own for {device}")
-    reason = why_not_here()
+    reason = why_not_here(torch.bfloat16)
     if reason is None:
-        return Check(topic=topic, status="ok", found=f"all at once in C++ ({best_engine()}), with --amp")
+        return Check(topic=topic, status="ok", found=f"all at once in C++ ({best_engine(torch.bfloat16)}), with --amp")
+    if why_not_here(torch.float32) is None:
+        return Check(topic=topic, status="ok", found=f"all at once in C++ ({best_engine(torch.float32)}, float32)")
     if cpu_bf16_feature():
         fix = "build the extension, and leave PAIRCLIP_ISA unset: see CONTRIBUTING.md"
         return Check(topic=topic, status="fallback", found="torch", reason=reason, fix=fix)

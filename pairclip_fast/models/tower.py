@@ -1,7 +1,8 @@
-"""Training a stack of transformer blocks on a CPU that multiplies bfloat16 fast: one autograd function in C++ (`csrc/tower`).
+"""Training a stack of transformer blocks on a CPU: one autograd function in C++ (`csrc/tower`), where it is faster than torch.
 
-Activations, and the residual stream too, are bfloat16 with float32 sums, statistics and parameters; the gradients of the
-parameters are float32 and as near to float32's as autocast's are. All that the backward pass needs lies in one workspace,
+Under bfloat16 autocast, on a CPU that multiplies bfloat16 fast, activations, and the residual stream too, are bfloat16 with float32
+sums, statistics and parameters; the gradients of the parameters are float32 and as near to float32's as autocast's are. With AVX2
+alone everything is float32. All that the backward pass needs lies in one workspace,
 made once per shape and used again in the next step; the backward pass writes gradients over activations, so it runs once.
 Results are the same bits in every run and for any number of threads.
 
@@ -24,6 +25,8 @@ from pairclip_fast.native import native
 
 BLOCK = 32
 """Widths of heads and MLPs are multiples of it: two tiles."""
+ENGINES = {torch.bfloat16: BF16_SETS, torch.float32: ("avx2",)}
+"""Instruction sets of the native module with which ours wins, by format; the others are there for tests."""
 MOST_FREE = 2
 """Workspaces that are kept although no graph needs them: the next step's, and that of a last, smaller batch."""
 
@@ -40,6 +43,7 @@ class Sizes(NamedTuple):
     pre_norm: bool
     activation: str
     threads: int
+    engine: str
 
 
 class Workspace(NamedTuple):
@@ -62,33 +66,39 @@ def implementation(
     if blocks is None:
         return Implementation("none", "the encoder is no transformer")
     elsewhere = why_not_ours(device=device, compiled=compiled)
-    reason = elsewhere or (None if autocast == torch.bfloat16 else "not under bfloat16 autocast")
-    reason = reason or ("activations are recomputed" if recompute else None) or why_not_here() or _why_not(blocks)
+    numbers = autocast or torch.float32
+    reason = elsewhere or ("activations are recomputed" if recompute else None) or why_not_here(numbers) or _why_not(blocks)
     if reason is not None:
         return Implementation("torch", reason)
-    return Implementation("cpp", f"C++, {best_engine()}, bfloat16 products, float32 sums")
+    products = "bfloat16 products, float32 sums" if numbers == torch.bfloat16 else "float32"
+    return Implementation("cpp", f"C++, {best_engine(numbers)}, {products}")
 
 
-def why_not_here() -> str | None:
-    """The reason why this machine or installation has no tower; None if it has."""
+def why_not_here(numbers: torch.dtype) -> str | None:
+    """The reason why this machine or installation has no tower for training in that format; None if it has."""
     found = native()
     if found.module is None:
         return found.reason
-    return None if best_engine() else f"no fast bfloat16 products ({found.module.isa()})"
+    if best_engine(numbers):
+        return None
+    name = str(numbers).removeprefix("torch.")
+    return f"no {name} products faster than torch's ({found.module.isa()})"
 
 
-def best_engine() -> str | None:
-    """The instruction set that trains blocks on this machine, given the extension; None if there is none that pays."""
-    return next((name for name in BF16_SETS if name in native().module.tower.engines()), None)
+def best_engine(numbers: torch.dtype) -> str | None:
+    """The instruction set that trains blocks in that format on this machine, given the extension; None if that does not pay."""
+    name: str = native().module.isa()
+    return name if name in ENGINES.get(numbers, ()) else None
 
 
 def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:
-    """Whether `run` is for this forward pass: training under bfloat16 autocast on this CPU, sizes and layout covered."""
+    """Whether `run` is for this forward pass: training in a format that is covered on this CPU, and so are sizes and layout."""
+    numbers = training_format(tokens)
     return (
-        training_format(tokens) == torch.bfloat16
+        numbers is not None
         and tokens.dtype in (torch.float32, torch.bfloat16)
         and tokens.numel() > 0
-        and why_not_here() is None
+        and why_not_here(numbers) is None
         and _why_not(blocks) is None
     )
 
@@ -101,17 +111,24 @@ def run(
     The gradient's backward pass runs once per forward pass; a second one raises RuntimeError.
     """
     parameters = [parameter for block in blocks for parameter in block.parameters()]
-    sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads())
-    result: Tensor = _Tower.apply(tokens.float(), sizes, engine or best_engine(), *parameters)
+    engine = engine or best_engine(training_format(tokens) or torch.float32)
+    assert engine is not None
+    sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads(), engine=engine)
+    result: Tensor = _Tower.apply(tokens.float(), sizes, *parameters)
     return result.to(tokens.dtype)
 
 
+def free_workspace_bytes() -> int:
+    """Of the memory that is kept for the next step."""
+    return sum(workspace.memory.nbytes for workspace in _free)
+
+
 def drop_free_workspaces() -> None:
-    """Give back the memory that is kept for the next step."""
+    """Give that memory back."""
     _free.clear()
 
 
-def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int) -> Sizes:
+def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int, engine: str) -> Sizes:
     """Of a forward pass."""
     first = blocks[0]
     assert isinstance(first, Block)
@@ -127,6 +144,7 @@ def sizes_of(blocks: nn.ModuleList, tokens: Tensor, *, threads: int) -> Sizes:
         pre_norm=pre_norm,
         activation=activation,
         threads=threads,
+        engine=engine,
     )
 
 
@@ -177,14 +195,14 @@ def _take(sizes: Sizes) -> Workspace:
         if workspace.sizes == sizes:
             return _free.pop(i)
     tower = native().module.tower
-    memory = torch.empty(tower.workspace_bytes(_shape(sizes), sizes.threads), dtype=torch.uint8)
+    memory = torch.empty(tower.workspace_bytes(sizes.engine, _shape(sizes), sizes.threads), dtype=torch.uint8)
     tower.prefer_huge_pages(memory)
     return Workspace(sizes, memory)
 
 
 def _shape(sizes: Sizes) -> Any:
     named = sizes._asdict()
-    del named["threads"]
+    del named["threads"], named["engine"]
     return native().module.tower.Shape(**named)
 
 
@@ -192,14 +210,15 @@ class _Tower(torch.autograd.Function):
     """All blocks, from float32 tokens to float32 tokens. Differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, sizes: Sizes, engine: str, *parameters: Tensor) -> Tensor:
-        ctx.lease, ctx.engine = _Lease(sizes), engine
+    def forward(ctx: Any, tokens: Tensor, sizes: Sizes, *parameters: Tensor) -> Tensor:
+        ctx.lease = _Lease(sizes)
         memory = ctx.lease.workspace.memory
         ctx.save_for_backward(memory)  # so that whoever counts or moves what autograd keeps sees it
         ctx.shapes = [parameter.shape for parameter in parameters]
         result = torch.empty(tokens.shape)
         given = [parameter.detach() for parameter in parameters]
-        native().module.tower.forward(engine, sizes.threads, _shape(sizes), memory, tokens.detach().contiguous(), given, result)
+        entering = tokens.detach().contiguous()
+        native().module.tower.forward(sizes.engine, sizes.threads, _shape(sizes), memory, entering, given, result)
         return result
 
     @staticmethod
@@ -210,6 +229,7 @@ class _Tower(torch.autograd.Function):
         sizes = ctx.lease.workspace.sizes
         (memory,) = ctx.saved_tensors
         found, gradients = torch.empty(gradient.shape), [torch.empty(shape) for shape in ctx.shapes]
-        native().module.tower.backward(ctx.engine, sizes.threads, _shape(sizes), memory, gradient.float().contiguous(), found, gradients)
+        leaving = gradient.float().contiguous()
+        native().module.tower.backward(sizes.engine, sizes.threads, _shape(sizes), memory, leaving, found, gradients)
         ctx.lease.give_back()
-        return found, None, None, *gradients
+        return found, None, *gradients

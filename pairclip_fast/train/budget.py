@@ -28,7 +28,6 @@ from pairclip_fast.evaluate import TOP_CAPTIONS
 from pairclip_fast.events import EventLog
 from pairclip_fast.kernels import ops
 from pairclip_fast.losses import ContrastiveLoss
-from pairclip_fast.models import tower
 from pairclip_fast.telemetry.memory import GIB
 from pairclip_fast.train.evaluation import BATCH_PAIRS, UnderAutocast
 from pairclip_fast.train.loop import Trainee, train_step
@@ -148,7 +147,6 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
         train_step(trainee, noise(parts, 2), step=0)  # whatever is loaded with the first step
         for pairs in TRIAL_PAIRS:
             trainee.optimizer.zero_grad(set_to_none=True)
-            tower.drop_free_workspaces()  # of the size before
             placement.forget_memory_peak()
             for step in range(TRIAL_STEPS):
                 train_step(trainee, noise(parts, pairs), step=step)
@@ -159,7 +157,6 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
                 rank_noise(trainee, parts)
             evaluation = placement.memory_reading().peak or 0
     del trainee, batches, kept
-    tower.drop_free_workspaces()
     gc.collect()  # a trainee holds itself, by its hook between encoder and loss
     placement.forget_memory_peak()
     per_pair, fixed = statistics.linear_regression(TRIAL_PAIRS, peaks)

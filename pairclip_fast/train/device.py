@@ -14,6 +14,7 @@ from pairclip_fast.allocator import give_back_memory
 from pairclip_fast.data.loader import Batch
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.models import tower
 from pairclip_fast.telemetry.memory import MemoryReading, host_reading, reset_host_peak
 from pairclip_fast.telemetry.nvml import NvmlMemory
 
@@ -81,7 +82,9 @@ class Placement:
     def memory_reading(self) -> MemoryReading:
         """Of the device's memory, or of the host's where that is the device."""
         if not self.is_cuda:
-            return host_reading()
+            reading = host_reading()
+            allocated = None if reading.allocated is None else reading.allocated - tower.free_workspace_bytes()
+            return dataclasses.replace(reading, allocated=allocated)
         self.synchronise()
         free, total = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
@@ -98,6 +101,7 @@ class Placement:
             self.synchronise()
             torch.cuda.empty_cache()
         else:
+            tower.drop_free_workspaces()
             give_back_memory()
 
     def forget_memory_peak(self) -> None:

@@ -160,7 +160,8 @@ def _autocast(parts: Parts) -> torch.dtype | None:
 
 def tell_slower_blocks(parts: Parts, blocks: Implementation, *, compiled: bool, events: EventLog) -> None:
     """One event if this processor could train the blocks faster than they will be, and nobody asked for that."""
-    could = parts.placement.device.type == "cpu" and parts.precision.name == "bf16"
+    wins = parts.precision.name == "bf16" or (parts.precision.name == "fp32" and tower.why_not_here(torch.float32) is None)
+    could = parts.placement.device.type == "cpu" and wins
     if could and blocks.name == "torch" and not (compiled or parts.config.train.recompute):
         events.fallback("transformer blocks in C++", chosen="torch", reason=blocks.reason)
 
@@ -204,7 +205,7 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
         while tries < PROBE_TRIES or time.perf_counter() - started < PROBE_SECONDS:
             best = max(best, pairs / max(seconds(pairs), 1e-9))
             pairs, tries = min(2 * pairs, limit), tries + 1
-    tower.drop_free_workspaces()  # those of the probe's sizes
+    placement.give_back()
     per_pair = (many - few) / (min(PROBE_PAIRS, limit) - 1) if limit > 1 else many
     return Probe(pairs_per_second=best, activation_bytes_per_pair=per_pair, fixed_activation_bytes=few - per_pair)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.errors import ConfigError, EnvironmentLackingError
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.telemetry.memory import GIB
-from pairclip_fast.train import budget
+from pairclip_fast.train import budget, device
 from pairclip_fast.train.budget import Fit, Line, ways, within_budget
 from pairclip_fast.train.options import TrainOptions, budget_bytes
 from pairclip_fast.train.run_folder import choose
@@ -139,12 +140,13 @@ def test_a_trial_weighs_no_workspace_of_the_size_before(
     monkeypatch.chdir(tmp_path)
     config = choose(TrainOptions(data=data, out=tmp_path / "run", config=write_config(tmp_path))).config
     happened: list[str] = []
-    monkeypatch.setattr(budget.tower, "drop_free_workspaces", lambda: happened.append("dropped"))
+    monkeypatch.setattr(device.tower, "drop_free_workspaces", lambda: happened.append("dropped"))
     monkeypatch.setattr(budget, "train_step", lambda _trainee, batch, **_: happened.append(f"{len(batch.valid)} pairs"))
     quiet = EventLog(None, console=False)
     next(budget.predictions(config, data=data, manifest=read_manifest(data), run=tmp_path / "run", events=quiet))
-    sizes = [happened[i + 1] for i in range(len(happened) - 1) if happened[i] == "dropped"]
-    assert sizes == [f"{pairs} pairs" for pairs in budget.TRIAL_PAIRS]
+    followers = [after for before, after in itertools.pairwise(happened) if before == "dropped"]
+    assert followers[: len(budget.TRIAL_PAIRS)] == [f"{pairs} pairs" for pairs in budget.TRIAL_PAIRS]
+    assert happened[-1] == "dropped", "before the evaluation"
 
 
 @pytest.mark.timeout(180)

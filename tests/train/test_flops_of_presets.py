@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pairclip_fast.config import load_preset, overlay, preset_names
 from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.events import EventLog
-from pairclip_fast.models import convolution
+from pairclip_fast.models import convolution, tower
 from pairclip_fast.telemetry.flops import model_cost
 from pairclip_fast.train.budget import noise
 from pairclip_fast.train.planning import parts_on_paper
@@ -40,7 +40,8 @@ def counted_on_a_real_step(parts: Parts) -> float:
 
 
 def test_what_is_printed_is_what_torch_counts(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "ENGINES", {})  # torch's counter does not see our own weight gradient
+    for module in (convolution, tower):
+        monkeypatch.setattr(module, "ENGINES", {})  # torch's counter sees nothing of what is ours
     encoder = build_trainee(parts).module.encoder
     cost = model_cost(encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions)
     counted = counted_on_a_real_step(parts)

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from pairclip_fast.events import read_events
+from pairclip_fast.models import tower
+from pairclip_fast.models.blocks import Block
+from pairclip_fast.native import native
 from pairclip_fast.telemetry import memory
 from pairclip_fast.telemetry.memory import GIB, MemoryReading, host_memory, host_pss, host_reading
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger, explained_peak
@@ -98,6 +101,24 @@ def test_a_gpu_is_read_beside_torchs_pool(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
     reading = Placement(torch.device("cuda", 0), "stand-in").memory_reading()
     assert reading == MemoryReading(allocated=20, reserved=30, peak=35, outside=470)
+
+
+@pytest.mark.skipif(native().module is None, reason=native().reason)
+def test_what_is_kept_for_the_next_step_is_not_in_use_and_can_be_given_back() -> None:
+    placement = Placement(torch.device("cpu"), "stand-in")
+    placement.give_back()
+    blocks = nn.ModuleList([Block(64, heads=2, mlp_width=64, activation="gelu", pre_norm=True)])
+    tokens = torch.randn(64, 33, 64, requires_grad=True)
+    tower.run(blocks, tokens, engine="portable").sum().backward()  # gradients are there now
+    placement.give_back()
+    before = placement.memory_reading().allocated
+    tower.run(blocks, tokens, engine="portable").sum().backward()
+    kept, after = tower.free_workspace_bytes(), placement.memory_reading().allocated
+    assert before is not None
+    assert after is not None
+    assert abs(after - before) < kept / 10
+    placement.give_back()
+    assert tower.free_workspace_bytes() == 0
 
 
 def test_laps_before_the_first_step_are_no_points() -> None:
