@@ -11,44 +11,40 @@
 
 namespace pairclip::kernels::PAIRCLIP_VARIANT {
 
-// Adds to `Rows` x `Vectors` of the sums; rows of all three are 32 numbers apart.
-template <int Rows, int Vectors>
+// Adds to `Rows` rows and two vectors of the sums; rows of all three matrices are 32 numbers apart.
+template <int Rows>
 [[gnu::always_inline]] inline void multiply_add(const float* left, const float* right, float* to) {
-  Vec sums[Rows][Vectors];
-#pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sums[row][v] = load(to + row * 32 + v * kLanes);
+  Vec sums[Rows][2];
+#pragma GCC unroll 4
+  for (int row = 0; row < Rows; ++row) {
+    sums[row][0] = load(to + row * 32);
+    sums[row][1] = load(to + row * 32 + kLanes);
+  }
 #pragma GCC unroll 4
   for (int k = 0; k < 32; ++k) {
-    Vec columns[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) columns[v] = load(right + k * 32 + v * kLanes);
-#pragma GCC unroll 8
+    const Vec first = load(right + k * 32), second = load(right + k * 32 + kLanes);
+#pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) {
       const Vec number = set(left[row * 32 + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sums[row][v] = fma(number, columns[v], sums[row][v]);
+      sums[row][0] = fma(number, first, sums[row][0]);
+      sums[row][1] = fma(number, second, sums[row][1]);
     }
   }
-#pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) store(to + row * 32 + v * kLanes, sums[row][v]);
+#pragma GCC unroll 4
+  for (int row = 0; row < Rows; ++row) {
+    store(to + row * 32, sums[row][0]);
+    store(to + row * 32 + kLanes, sums[row][1]);
+  }
 }
 
 class Float32Tiles : public TilesInMemory {
  public:
   template <int Rows = 2, int Columns = 2>
   void multiply(const float* left, const float* right, bool /*streamed*/ = false) {
-    constexpr int kVectors = 16 * Columns < 2 * kLanes ? 1 : 2;
-    for (int column = 0; column < 16 * Columns; column += kVectors * kLanes)
-      for (int row = 0; row < 16 * Rows; row += kRowsAtOnce)
-        multiply_add<kRowsAtOnce, kVectors>(left + row * 32, right + column, sums_[row] + column);
+    static_assert(2 * kLanes <= 16 * Columns, "two vectors lie within the columns");
+    for (int column = 0; column < 16 * Columns; column += 2 * kLanes)
+      for (int row = 0; row < 16 * Rows; row += 4) multiply_add<4>(left + row * 32, right + column, sums_[row] + column);
   }
-
- private:
-  static constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 4;
 };
 
 }  // namespace pairclip::kernels::PAIRCLIP_VARIANT

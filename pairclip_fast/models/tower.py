@@ -1,10 +1,11 @@
 """Training a stack of transformer blocks on a CPU: one autograd function in C++ (`csrc/tower`), where it is faster than torch.
 
 Under bfloat16 autocast, on a CPU that multiplies bfloat16 fast, activations, and the residual stream too, are bfloat16 with float32
-sums, statistics and parameters; the gradients of the parameters are float32 and as near to float32's as autocast's are. With AVX2
-alone everything is float32. All that the backward pass needs lies in one workspace,
-made once per shape and used again in the next step; the backward pass writes gradients over activations, so it runs once.
-Results are the same bits in every run and for any number of threads.
+sums, statistics and parameters; the gradients of the parameters are float32 and as near to float32's as autocast's are. On a CPU
+with AVX2 alone everything is float32.
+
+All that the backward pass needs lies in one workspace, made once per shape and used again in the next step; the backward pass writes
+gradients over activations, so it runs once. Results are the same bits in every run and for any number of threads.
 
 Everything else (evaluation, other devices and precisions, recomputing, compiling) takes the blocks one by one.
 """
@@ -111,7 +112,8 @@ def run(
     The gradient's backward pass runs once per forward pass; a second one raises RuntimeError.
     """
     parameters = [parameter for block in blocks for parameter in block.parameters()]
-    engine = engine or best_engine(training_format(tokens) or torch.float32)
+    numbers = training_format(tokens)
+    engine = engine or (best_engine(numbers) if numbers else None)
     assert engine is not None
     sizes = sizes_of(blocks, tokens, threads=torch.get_num_threads(), engine=engine)
     result: Tensor = _Tower.apply(tokens.float(), sizes, *parameters)
