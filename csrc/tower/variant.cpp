@@ -159,6 +159,7 @@ const Engine& engine() {
   return kEngine<T>;
 }
 
+// Those that engine.h names for this instruction set.
 #if !defined(__AVX2__) || defined(__AVX512BF16__)
 template const Engine& engine<bf16>();
 #endif
