@@ -160,8 +160,8 @@ def _autocast(parts: Parts) -> torch.dtype | None:
 
 def tell_slower_blocks(parts: Parts, blocks: Implementation, *, compiled: bool, events: EventLog) -> None:
     """One event if this processor could train the blocks faster than they will be, and nobody asked for that."""
-    wins = parts.precision.name == "bf16" or (parts.precision.name == "fp32" and tower.why_not_here(torch.float32) is None)
-    could = parts.placement.device.type == "cpu" and wins
+    numbers = _autocast(parts) or torch.float32
+    could = parts.placement.device.type == "cpu" and (numbers == torch.bfloat16 or tower.why_not_here(numbers) is None)
     if could and blocks.name == "torch" and not (compiled or parts.config.train.recompute):
         events.fallback("transformer blocks in C++", chosen="torch", reason=blocks.reason)
 
