@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_runs import Options, hurry
 
 from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.text.bank import bank_for
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.options import TrainOptions
 
 CONFIG = """
 [model]
@@ -118,6 +122,32 @@ def write_config() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def whole(data_template: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, dict[str, Any]]:
+    """Folder and result of the tiny run, uninterrupted; on one thread as every test, for this comes before the fixture that sees to it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        return folder / "run", run_train(TrainOptions(data=data_template, out=folder / "run", config=write_config(folder)))
+
+
+@pytest.fixture
+def options(data: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Options:
+    """Options of a tiny run, with changes of the configuration and of the flags."""
+
+    def make(changes: dict[str, Any] | None = None, *, out: str = "run", **flags: Any) -> TrainOptions:
+        flags = {"data": data, "config": write_config(tmp_path, changes)} | flags
+        return TrainOptions(out=tmp_path / out, **flags)
+
+    return make
 
 
 PROGRAM = """

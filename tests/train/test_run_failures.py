@@ -1,0 +1,147 @@
+"""Damaged checkpoints, numbers that are not finite, no memory, no disk: a clear error, and nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+from tiny_runs import STEPS, Options, at_step, hurry, losses, terminate, weights
+
+from pairclip_fast.errors import CheckpointError, EnvironmentLackingError, NumericsError, StorageError
+from pairclip_fast.events import EventLog, read_events
+from pairclip_fast.storage import FileSystem
+from pairclip_fast.train import checkpoint, loop
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.signals import TerminatedRunError
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_names(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(TerminatedRunError):
+        run_train(options(), events=at_step(2, terminate))
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    found = checkpoint.load(path)
+    model = {name: value for name, value in found.model.items() if "head.bias" not in name} | {"module.extra": torch.ones(2)}
+    store = checkpoint.CheckpointStore(path.parent, events=EventLog(None, console=False))
+    store.save(dataclasses.replace(found, model=model), step=3, best=None)
+    with pytest.raises(CheckpointError) as caught:
+        run_train(options(resume=True))
+    assert caught.value.exit_code == 4
+    assert "module.encoder.head.bias" in str(caught.value)
+    assert "module.extra" in str(caught.value)
+
+
+def test_an_optimizer_state_with_holes_is_refused(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(TerminatedRunError):
+        run_train(options(), events=at_step(2, terminate))
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    found = checkpoint.load(path)
+    store = checkpoint.CheckpointStore(path.parent, events=EventLog(None, console=False))
+    optimizer = {name: value for name, value in found.optimizer.items() if name != "encoder.head.weight/exp_avg"}
+    store.save(dataclasses.replace(found, optimizer=optimizer), step=3, best=None)
+    with pytest.raises(CheckpointError, match=r"encoder\.head\.weight/exp_avg"):
+        run_train(options(resume=True))
+
+
+def test_damage_costs_one_checkpoint_and_is_said(options: Options, tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(TerminatedRunError):
+        run_train(options(out="parts"), events=at_step(6, terminate))
+    file = tmp_path / "parts" / "checkpoints" / "step-00000006" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    run_train(options(out="parts", resume=True))
+    assert weights(whole[0]) == weights(tmp_path / "parts")
+    started = [event for event in read_events(tmp_path / "parts" / "events.jsonl") if event["event"] == "run_started"]
+    assert [event["resumed_step"] for event in started] == [0, 4]
+    fallbacks = [event for event in read_events(tmp_path / "parts" / "events.jsonl") if event["event"] == "fallback"]
+    assert any("step-00000006" in event["reason"] for event in fallbacks)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_before_the_update(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    forward, step = loop.LossModule.forward, loop.train_step
+
+    def poisoned(self: loop.LossModule, *arguments: Any) -> torch.Tensor:
+        value = forward(self, *arguments)
+        return value * float("nan") if bad == "loss" else value + (self.loss.logit_scale - self.loss.logit_scale.detach()).abs().sqrt()
+
+    def poisoned_step(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(loop.LossModule, "forward", poisoned if named["step"] == 5 else forward)
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(loop, "train_step", poisoned_step)
+    with pytest.raises(NumericsError, match="step 5") as caught:
+        run_train(options())
+    assert caught.value.exit_code == 7
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    (event,) = [event for event in events if event["event"] == "numerics"]
+    assert len(event["sample_ids"]) == len(event["caption_ids"]) == 16
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [4]
+    monkeypatch.undo()
+    hurry(monkeypatch)
+    run_train(options(resume=True))
+    assert weights(tmp_path / "run") == weights(whole[0])
+
+
+def test_out_of_memory_saves_and_says_what_may_fit(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    step = loop.train_step
+
+    def exploding(*arguments: Any, **named: Any) -> Any:
+        if named["step"] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(loop, "train_step", exploding)
+    with pytest.raises(EnvironmentLackingError, match="--batch-size 8") as caught:
+        run_train(options())
+    assert caught.value.exit_code == 5
+    monkeypatch.setattr(loop, "train_step", step)
+    run_train(options(resume=True))
+    assert losses(tmp_path / "run") == losses(whole[0])
+    assert weights(tmp_path / "run") == weights(whole[0])
+
+
+def fail_writes(monkeypatch: pytest.MonkeyPatch, when: Callable[[Path], bool]) -> None:
+    write = FileSystem.write
+
+    def full(self: FileSystem, file: IO[bytes], data: bytes | memoryview) -> None:
+        if when(Path(file.name)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, file, data)
+
+    monkeypatch.setattr(FileSystem, "write", full)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_note(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def while_second_epoch(path: Path) -> bool:
+        return path.name == "optimizer.safetensors" and len(losses(tmp_path / "run")) == 8
+
+    fail_writes(monkeypatch, while_second_epoch)
+    assert run_train(options())["reason"] == "epochs"
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [4, 12]
+    assert any("could not be saved" in event["message"] for event in events if event["event"] == "note")
+
+
+def test_a_last_save_that_fails_is_exit_8(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    fail_writes(monkeypatch, lambda path: path.name == "optimizer.safetensors" and len(losses(tmp_path / "run")) >= 8)
+    with pytest.raises(StorageError, match="bytes free") as caught:
+        run_train(options())
+    assert caught.value.exit_code == 8
+    monkeypatch.undo()
+    hurry(monkeypatch)
+    assert run_train(options(resume=True))["steps"] == STEPS
+    assert weights(tmp_path / "run") == weights(whole[0])
