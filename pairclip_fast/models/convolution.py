@@ -1,8 +1,8 @@
-"""3x3 convolutions in training on a CPU, by C++ of our own (`csrc/conv`) where it is faster than oneDNN's.
+"""3x3 convolutions on a CPU, by C++ of our own (`csrc/conv`) where it is faster than oneDNN's.
 
 Float32 with AVX2: all three products by minimal filtering, which needs a quarter of the multiplications. Bfloat16 with AMX: the weight
-gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles read where it lies. The rest, and
-evaluation, is oneDNN's; `benchmarks/train_step.py --preset fast` lists its rates.
+gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles read where it lies. The rest
+is oneDNN's; `benchmarks/train_step.py --preset fast` lists its rates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from pairclip_fast.models.precision import training_format
+from pairclip_fast.models.precision import computing_format
 from pairclip_fast.native import native
 
 ENGINES = {torch.bfloat16: "amx", torch.float32: "avx2"}
@@ -32,11 +32,13 @@ class Conv3x3(nn.Conv2d):
         super().__init__(inputs, outputs, 3, padding=1, bias=False)
 
     def forward(self, pixels: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs height width"]:
-        numbers = training_format(pixels)
-        if numbers is not None and _ours_wins(pixels, self.weight, numbers):
+        numbers = computing_format(pixels)
+        if numbers is None or not _ours_wins(pixels, self.weight, numbers):
+            return super().forward(pixels)
+        if torch.is_grad_enabled():
             result: Tensor = _Convolution.apply(pixels.to(numbers), self.weight)
             return result
-        return super().forward(pixels)
+        return convolve(pixels, self.weight)
 
 
 def convolve(
@@ -79,7 +81,8 @@ def wins_here(numbers: torch.dtype) -> bool:
 
 def _ours_wins(pixels: Tensor, weight: Tensor, numbers: torch.dtype) -> bool:
     covered = weight.dtype == torch.float32 and (numbers == torch.float32 or weight.shape[0] % BLOCK == 0)
-    return covered and weight.requires_grad and pixels.numel() > 0 and wins_here(numbers)
+    has_ours = weight.requires_grad if torch.is_grad_enabled() else numbers == torch.float32
+    return covered and has_ours and pixels.numel() > 0 and wins_here(numbers)
 
 
 def _convolve(pixels: Tensor, weight: Tensor, *, turned: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""When a forward pass is one that code of our own may train, and in which format."""
+"""When a forward pass is one for code of our own, and in which format."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def why_not_ours(*, device: torch.device, compiled: bool) -> str | None:
 
 
 def training_format(inputs: Tensor) -> torch.dtype | None:
-    """What products are computed in if `inputs` enter a training pass on a CPU, and not into `torch.compile`.
+    """What products are computed in if `inputs` enter a training pass on a CPU, and not into `torch.compile`; None if they do not."""
+    return computing_format(inputs) if torch.is_grad_enabled() else None
 
-    Bfloat16 under its autocast; float32 where the inputs have it and nothing is cast; None for anything else.
-    """
-    if inputs.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+
+def computing_format(inputs: Tensor) -> torch.dtype | None:
+    """The same for any pass: bfloat16 under its autocast; float32 where the inputs have it and nothing is cast; None for anything else."""
+    if inputs.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     cast = torch.is_autocast_enabled("cpu")
     found, wanted = (torch.get_autocast_dtype("cpu"), torch.bfloat16) if cast else (inputs.dtype, torch.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,3 +164,17 @@ def test_else_the_library_does_it(reason: str, monkeypatch: pytest.MonkeyPatch) 
     with torch.autocast("cpu", torch.bfloat16, enabled=reason != "float64"), torch.set_grad_enabled(reason != "no gradient"):
         result = layer(pixels)
     assert type(result.grad_fn).__name__ != "_ConvolutionBackward"
+
+
+@needs_native
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_evaluation_in_float32_is_ours_too(
+    without_gradients: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: native().module.conv.isa()})
+    layer, pixels = Conv3x3(64, 40), torch.randn(3, 64, 9, 7, generator=torch.Generator().manual_seed(0))
+    with without_gradients():
+        found = layer(pixels)
+        assert torch.equal(found, convolve(pixels, layer.weight))
+        assert not torch.equal(found, F.conv2d(pixels, layer.weight, padding=1)), "it rounds as its own"
+    assert off(found, F.conv2d(pixels.double(), layer.weight.detach().double(), padding=1)) < WINOGRAD
