@@ -1,81 +1,28 @@
-"""The training step and its parts: accumulation, averages, guard, groups, number formats, compiling."""
+"""The training step and its parts: accumulation, averages, guard, groups, bfloat16."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_step import CAPTIONS, FP32, make_batch, make_module, make_trainee, parameters
 from torch import nn
 
-from pairclip_fast.config import LossConfig, OptimizerConfig, ViTConfig
+from pairclip_fast.config import OptimizerConfig
 from pairclip_fast.data.loader import Batch
-from pairclip_fast.errors import EnvironmentLackingError, NumericsError
+from pairclip_fast.errors import NumericsError
 from pairclip_fast.events import Event, EventLog
-from pairclip_fast.losses import ContrastiveLoss
-from pairclip_fast.models.build import build_model
-from pairclip_fast.telemetry.memory import host_memory
-from pairclip_fast.telemetry.time_ledger import TimeLedger
-from pairclip_fast.telemetry.timing import StepMeter, peak_tflops, words_for_seconds
-from pairclip_fast.train import compiling, precision
-from pairclip_fast.train.device import Placement, choose_device
-from pairclip_fast.train.distributed import Processes, join, local_batch
+from pairclip_fast.train.device import Placement
+from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import Ema
 from pairclip_fast.train.guard import FP16_STREAK, FiniteGuard
-from pairclip_fast.train.loop import LossModule, Trainee, train_epoch, train_step
+from pairclip_fast.train.loop import Trainee, train_epoch, train_step
 from pairclip_fast.train.optimizer import build_optimizer, parameter_groups
-from pairclip_fast.train.precision import Precision, choose_precision
+from pairclip_fast.train.precision import Precision
 from pairclip_fast.train.progress import Progress
-
-CPU = Placement(torch.device("cpu"), "test")
-FP32 = Precision("fp32", "cpu", "test")
-CAPTIONS = 12
-
-
-def make_module(seed: int = 0) -> LossModule:
-    torch.manual_seed(seed)
-    encoder = build_model(ViTConfig(width=16, depth=1, heads=2, mlp_width=16, patch_size=16), tiles=2, tile_size=(32, 32), dim=6)
-    bank = nn.functional.normalize(torch.randn(CAPTIONS, 6), dim=-1)
-    return LossModule(encoder, ContrastiveLoss(LossConfig(), bank=bank), precision=FP32)
-
-
-def make_trainee(**changes: Any) -> Trainee:
-    """A large eps: Adam with a small one makes full steps of the rounding noise where the gradient is zero (biases of keys)."""
-    config = dataclasses.replace(OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-3), **changes)
-    module = make_module()
-    return Trainee(
-        module=module,
-        optimizer=build_optimizer(module, config=config),
-        config=config,
-        schedule=lambda step: 1e-2 / (1 + step),
-        placement=CPU,
-        processes=Processes(),
-        scaler=FP32.gradient_scaler(),
-        guard=FiniteGuard(CPU.device),
-        ema=Ema(module, decay=config.ema_decay) if config.ema_decay else None,
-    )
-
-
-def make_batch(size: int = 8, *, seed: int = 0, padding: int = 0, mixed: bool = False) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    valid = torch.arange(size) < size - padding
-    return Batch(
-        images=torch.randn(size, 3, 32, 64, generator=generator),
-        caption_ids=torch.randint(CAPTIONS, (size,), generator=generator),
-        sample_ids=torch.arange(size) + 100 * seed,
-        valid=valid,
-        epoch=0,
-        step=seed,
-        partner_caption_ids=torch.randint(CAPTIONS, (size,), generator=generator) if mixed else None,
-        mix_weight=torch.rand(size, generator=generator) if mixed else None,
-    )
-
-
-def parameters(trainee: Trainee) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainee.module.named_parameters()}
 
 
 @pytest.mark.parametrize(("pieces", "padding", "mixed"), [(2, 0, False), (4, 3, False), (2, 3, True)])
@@ -262,159 +209,3 @@ def test_bfloat16_autocast_trains_to_about_the_same_losses() -> None:
         assert other.loss.dtype == torch.float32
         assert torch.allclose(one.loss, other.loss, rtol=0.05)
     assert all(value.dtype == torch.float32 for value in parameters(rounded).values())
-
-
-@pytest.mark.parametrize(
-    ("capability", "native", "expected"),
-    [((6, 1), True, "fp32"), ((7, 5), True, "fp16"), ((7, 0), False, "fp16"), ((8, 0), True, "bf16"), ((9, 0), True, "bf16")],
-)
-def test_cuda_takes_bfloat16_only_where_it_is_native(
-    monkeypatch: pytest.MonkeyPatch, events: EventLog, capability: tuple[int, int], native: bool, expected: str
-) -> None:
-    """Torch calls bfloat16 supported on Turing too, where it is emulated."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
-    chosen = choose_precision(torch.device("cuda", 0), amp=True, events=events)
-    assert chosen.name == expected
-    said = {"fp16": ["fp16 with loss scaling"], "fp32": ["fp32"], "bf16": []}
-    assert [event["chosen"] for event in events.fallbacks] == said[expected]
-    assert choose_precision(torch.device("cuda", 0), amp=False, events=events).name == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("vendor", "amx", "avx", "expected"),
-    [
-        ("GenuineIntel", True, True, "AMX"),
-        ("GenuineIntel", False, True, None),
-        ("GenuineIntel", False, False, None),
-        ("AuthenticAMD", False, True, "AVX-512 BF16"),
-        ("AuthenticAMD", False, False, None),
-        ("", False, True, "AVX-512 BF16"),
-    ],
-)
-def test_a_cpu_takes_bfloat16_only_with_instructions_that_pay(
-    monkeypatch: pytest.MonkeyPatch, events: EventLog, vendor: str, amx: bool, avx: bool, expected: str | None
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr(precision, "cpu_vendor", lambda: vendor)
-    assert precision.cpu_bf16_feature() == expected
-    chosen = choose_precision(torch.device("cpu"), amp=True, events=events)
-    assert chosen.name == ("bf16" if expected else "fp32")
-    assert [("AVX-512 BF16" in event["reason"]) for event in events.fallbacks] == ([] if expected else [avx])
-
-
-def test_only_fp16_scales_the_loss() -> None:
-    assert not Precision("bf16", "cpu", "").gradient_scaler().is_enabled()
-    assert Precision("fp32", "cpu", "").dtype == torch.float32
-
-
-def test_the_device_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto", events=events).device.type == "cpu"
-    assert [event["what"] for event in events.fallbacks] == ["device"]
-    assert choose_device("cpu", events=events).device.type == "cpu"
-    assert len(events.fallbacks) == 1
-    with pytest.raises(EnvironmentLackingError, match="CUDA"):
-        choose_device("cuda", events=events)
-
-
-def test_compiling_that_fails_falls_back_to_eager_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def broken(*_: object, **__: object) -> Any:
-        def forward(_images: torch.Tensor) -> torch.Tensor:
-            raise InvalidCxxCompiler
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", broken)
-    trainee, twin = make_trainee(), make_trainee()
-    random = torch.get_rng_state()
-    said = compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
-    assert said.startswith("eager")
-    assert "InvalidCxxCompiler" in events.fallbacks[0]["reason"]
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, parameters(twin)[name]) for name, value in parameters(trainee).items())
-    assert all(value.grad is None for value in trainee.module.parameters())
-    assert torch.equal(train_step(trainee, make_batch(), step=0).loss, train_step(twin, make_batch(), step=0).loss)
-
-
-def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch, events: EventLog, tmp_path: Path) -> None:
-    """The real thing: no C++ compiler on the PATH."""
-    import torch._inductor.config as inductor
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "compile_threads": 1}):
-        said = compiling.compile_encoder(make_trainee(), setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
-    assert said == "eager (compiling failed)"
-    assert len(events.fallbacks) == 1
-
-
-def test_compiling_is_left_out_on_a_cpu_unless_asked_for(events: EventLog) -> None:
-    for setting in ("auto", "off"):
-        trainee = make_trainee()
-        encode = trainee.module.encode
-        assert (
-            compiling.compile_encoder(trainee, setting=setting, images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)[:5]
-            == "eager"
-        )
-        assert trainee.module.encode == encode
-    assert events.fallbacks == []
-
-
-def test_a_failure_of_the_model_itself_is_not_blamed_on_the_compiler(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
-    def forward(_images: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("the model is wrong")
-
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    trainee = make_trainee()
-    trainee.module.encoder.forward = forward  # type: ignore[method-assign]
-    trainee.module.encode = forward
-    with pytest.raises(RuntimeError, match="the model is wrong"):
-        compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
-    assert events.fallbacks == []
-
-
-def test_one_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pairclip_fast.errors import ConfigError
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    processes = join()
-    assert processes == Processes()
-    assert (processes.agree(15), processes.share("x"), processes.is_first) == (15, "x", True)
-    assert local_batch(32, processes=Processes(world_size=2), accumulate=4) == 4
-    with pytest.raises(ConfigError, match="2 processes"):
-        local_batch(30, processes=Processes(world_size=2), accumulate=4)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        join()
-
-
-def test_the_meter_reads_rates_and_survives_a_clock_that_stands_still() -> None:
-    now = [0.0]
-    ledger = TimeLedger(mark=lambda: now[0])
-    meter = StepMeter(ledger, clock=lambda: now[0])
-    for phase, until in (("evaluation", 2.0), ("wait", 2.5), ("backward", 4.0)):
-        now[0] = until
-        ledger.lap(phase)  # type: ignore[arg-type]
-    for _ in range(4):
-        meter.count(8)
-    assert meter.due
-    rates = meter.read()
-    assert (rates.steps, rates.pairs_per_second, rates.data_wait_fraction) == (4, 16.0, 0.25), "the evaluation is no part of it"
-    assert rates.time_s == {"evaluation": 2.0, "wait": 0.5, "backward": 1.5}
-    assert not meter.due
-    assert meter.read().pairs_per_second == 0.0
-
-
-def test_durations_memory_and_peak() -> None:
-    assert [words_for_seconds(value) for value in (-3.0, 41.6, 200.0, 7500.0)] == ["0 s", "42 s", "3 min 20 s", "2 h 05 min"]
-    memory = host_memory()
-    assert 0.01 < memory["rss_gib"] <= memory["peak_rss_gib"]
-    state = torch.get_rng_state()
-    assert peak_tflops(torch.device("cpu"), dtype=torch.float32, synchronise=lambda: None) > 1e-3
-    assert torch.equal(torch.get_rng_state(), state)

@@ -14,7 +14,9 @@ from pairclip_fast.data.loader import PlannedLoader
 from pairclip_fast.events import read_events
 from pairclip_fast.telemetry import timing
 from pairclip_fast.telemetry.bottleneck import ADVICE, TOLERABLE, find_bottleneck
+from pairclip_fast.telemetry.memory import host_memory
 from pairclip_fast.telemetry.time_ledger import PHASES, Phase, TimeLedger, TimeTotals, lap_cost_s
+from pairclip_fast.telemetry.timing import StepMeter, peak_tflops, words_for_seconds
 from pairclip_fast.train import planning, runner
 from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.device import Placement
@@ -176,3 +178,29 @@ def test_a_slow_part_shows_in_its_own_phase(tiny: TrainOptions, tmp_path: Path, 
     run_train(tiny)
     phase, times = {"loader": ("wait", 12), "backward": ("backward", 12), "checkpoint": ("checkpoint", 3)}[slow]
     assert phases_of(tmp_path / "run").seconds[phase] >= times * seconds  # type: ignore[index]
+
+
+def test_the_meter_reads_rates_and_survives_a_clock_that_stands_still() -> None:
+    now = [0.0]
+    ledger = TimeLedger(mark=lambda: now[0])
+    meter = StepMeter(ledger, clock=lambda: now[0])
+    for phase, until in (("evaluation", 2.0), ("wait", 2.5), ("backward", 4.0)):
+        now[0] = until
+        ledger.lap(phase)  # type: ignore[arg-type]
+    for _ in range(4):
+        meter.count(8)
+    assert meter.due
+    rates = meter.read()
+    assert (rates.steps, rates.pairs_per_second, rates.data_wait_fraction) == (4, 16.0, 0.25), "the evaluation is no part of it"
+    assert rates.time_s == {"evaluation": 2.0, "wait": 0.5, "backward": 1.5}
+    assert not meter.due
+    assert meter.read().pairs_per_second == 0.0
+
+
+def test_durations_memory_and_peak() -> None:
+    assert [words_for_seconds(value) for value in (-3.0, 41.6, 200.0, 7500.0)] == ["0 s", "42 s", "3 min 20 s", "2 h 05 min"]
+    memory = host_memory()
+    assert 0.01 < memory["rss_gib"] <= memory["peak_rss_gib"]
+    state = torch.get_rng_state()
+    assert peak_tflops(torch.device("cpu"), dtype=torch.float32, synchronise=lambda: None) > 1e-3
+    assert torch.equal(torch.get_rng_state(), state)
