@@ -93,7 +93,12 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
     started = [event for event in events if event["event"] == "run_started"][-1]
     finished = [event for event in events if event["event"] == "finished"][-1]
     plan = started["plan"]
-    curve = [point(event, batch_size=started["config"]["train"]["batch_size"]) for event in events if event["event"] == "eval"]
+    losses: dict[int, list[float]] = {}
+    for event in events:
+        if event["event"] == "step":
+            losses.setdefault(event["epoch"], []).append(event["loss"])
+    batch_size = started["config"]["train"]["batch_size"]
+    curve = [point(event, batch_size=batch_size, losses=losses.get(event["epoch"], [])) for event in events if event["event"] == "eval"]
     return {
         "preset": started["config"]["preset"],
         "seed": started["config"]["train"]["seed"],
@@ -113,10 +118,11 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def point(event: Event, *, batch_size: int) -> dict[str, Any]:
-    """One evaluation of a curve."""
+def point(event: Event, *, batch_size: int, losses: Sequence[float]) -> dict[str, Any]:
+    """One evaluation of a curve, and the mean training loss of its epoch's logged steps: with augmentation and label smoothing."""
     cost = {"epoch": event["epoch"] + 1, "samples_seen": event["step"] * batch_size, "pflop": event["pflop"]}
-    return cost | {name: event["metrics"][name] for name in METRICS if name in event["metrics"]}
+    training = {"train_loss": statistics.fmean(losses)} if losses else {}
+    return cost | training | {name: event["metrics"][name] for name in METRICS if name in event["metrics"]}
 
 
 def by_name(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

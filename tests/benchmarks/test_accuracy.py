@@ -48,6 +48,10 @@ def test_curves_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     curve = rows[0]["curve"]
     assert [point["top100"] for point in curve] == [event["metrics"]["top100"] for event in evals]
     assert [point["samples_seen"] for point in curve] == [128, 256]
+    for point in curve:
+        of_epoch = [event["loss"] for event in log if event["event"] == "step" and event["epoch"] == point["epoch"] - 1]
+        assert point.get("train_loss") == (pytest.approx(sum(of_epoch) / len(of_epoch)) if of_epoch else None)
+    assert any("train_loss" in point for point in curve)
     assert curve[-1]["pflop"] == pytest.approx([event for event in log if event["event"] == "finished"][-1]["pflop"])
 
     assert accuracy.main(words) == 0
