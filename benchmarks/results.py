@@ -37,6 +37,8 @@ ACCURACY = {
     "accuracy-fast": "",
     "accuracy-fast-seeds": "",
     "accuracy-fast-avx2": "",
+    "accuracy-fast-wide-end": "last stage twice as wide",
+    "accuracy-fast-short-steps": "`short-steps`",
 }
 """Records of whole runs, and what differs from the preset."""
 CHANGES = {
