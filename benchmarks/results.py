@@ -39,6 +39,7 @@ ACCURACY = {
     "accuracy-fast-avx2": "",
     "accuracy-fast-wide-end": "last stage twice as wide",
     "accuracy-fast-short-steps": "`short-steps`",
+    "accuracy-fast-long-steps": "`long-steps`",
 }
 """Records of whole runs, and what differs from the preset."""
 CHANGES = {
