@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from epoch_records import EpochRow
+from markdown_table import markdown_table
 
 from pairclip_fast.config import RunConfig, load_preset
 from pairclip_fast.errors import printable
@@ -52,9 +53,7 @@ class Table:
 
     def markdown(self) -> str:
         """For a README."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-        return "\n".join([f"**{self.title}**", "", *body, "", *(f"- {note}" for note in self.notes)])
+        return "\n".join([f"**{self.title}**", "", markdown_table(self.columns, self.rows), "", *(f"- {note}" for note in self.notes)])
 
 
 def measured_table(rows: Sequence[EpochRow], *, missing_gpu: bool) -> Table:

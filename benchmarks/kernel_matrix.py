@@ -30,6 +30,7 @@ from unittest import mock
 
 import torch
 import triton
+from markdown_table import markdown_table
 from timing import write_record
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -284,10 +285,19 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "not measured. Compute capabilities below 8.0 run torch. No cell spills. Tiles are rows x columns x depth; tensor memory is",
         "in columns; the last column says how often the worst product is computed.",
         "",
-        "| capability, kernel, variant, dtype, features | tile | slice | warps | registers | shared KiB | tensor memory | driven by "
-        "| times |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    head = (
+        "capability, kernel, variant, dtype, features",
+        "tile",
+        "slice",
+        "warps",
+        "registers",
+        "shared KiB",
+        "tensor memory",
+        "driven by",
+        "times",
+    )
+    cells = []
     for row in rows:
         tile = row["tile"]
         shape = " x ".join(str(tile[name]) for name in ("rows", "columns", "depth") if name in tile)
@@ -302,8 +312,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             row["family"],
             f"{row['redundancy']:g}",
         )
-        lines.append("| " + " | ".join(map(str, values)) + " |")
-    return "\n".join(lines) + "\n"
+        cells.append(values)
+    return "\n".join([*lines, markdown_table(head, cells)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accuracy import spread
+from markdown_table import markdown_table
 
 from pairclip_fast.storage import write_atomic
 
@@ -106,11 +107,6 @@ def record(name: str) -> Rows:
     return rows
 
 
-def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ("---",) * len(columns), *lines))
-
-
 def ends(rows: Rows) -> str:
     """Top-1, 10 and 100 of runs that differ in nothing but the seed, in per cent."""
     cells = [spread([row["curve"][-1][name] for row in rows]) for name in ("top1", "top10", "top100")]
@@ -122,14 +118,15 @@ def accuracy_table() -> str:
     lines = []
     for name, difference in ACCURACY.items():
         rows = record(name)
-        end, row = rows[0]["curve"][-1], rows[0]
+        row = rows[0]
+        end = row["curve"][-1]
         preset = ", ".join(filter(None, (f"`{row['preset']}`", difference)))
         training = f"{end['epoch']} epochs"
         if row["num_train"] != USUAL_PAIRS:
             training += f" of {row['num_train']:,} pairs, {row['num_val']:,} held out"
         numbers = FORMATS[row["precision"].split()[0]]
         lines.append((preset, training, f"{end['pflop']:.3f}", numbers, str(len(rows)), ends(rows), f"`{name}`"))
-    return markdown(("preset", "training", "PFLOP", "number format", "seeds", "top-1 / 10 / 100 in %", "record"), lines)
+    return markdown_table(("preset", "training", "PFLOP", "number format", "seeds", "top-1 / 10 / 100 in %", "record"), lines)
 
 
 def ablation_table(name: str) -> str:
@@ -138,7 +135,7 @@ def ablation_table(name: str) -> str:
     for row in record(name):
         groups.setdefault(row["variant"], []).append(row)
     lines = [(CHANGES[variant], f"`{variant}`", ends(groups[variant])) for variant in CHANGES if variant in groups]
-    return markdown(("changed", "variant", "top-1 / 10 / 100 in %"), lines)
+    return markdown_table(("changed", "variant", "top-1 / 10 / 100 in %"), lines)
 
 
 def step_table() -> str:
@@ -156,7 +153,7 @@ def step_table() -> str:
                 (f"{processor}, {numbers}", f"`{preset}`, {ours['batch_size']}", *cells, f"{100 * ours['of_bound']:.0f} %", f"`{name}`")
             )
     others = ("plain float32", "plain autocast", "report", "its image tower")
-    return markdown(("processor, ours in", "preset, batch", *others, "of the bound", "record"), lines)
+    return markdown_table(("processor, ours in", "preset, batch", *others, "of the bound", "record"), lines)
 
 
 def kernel_table() -> str:
@@ -164,7 +161,7 @@ def kernel_table() -> str:
     found = {processor: {(row["job"], row["variant"]): row["wall_s"] for row in record(name)} for processor, name in KERNELS.items()}
     jobs = next(iter(found.values()))
     lines = [(job, variant, *(f"{seconds[job, variant]:.3f}" for seconds in found.values())) for job, variant in jobs]
-    return markdown(("job", "variant", *KERNELS), lines)
+    return markdown_table(("job", "variant", *KERNELS), lines)
 
 
 def loader_table() -> str:
@@ -176,7 +173,7 @@ def loader_table() -> str:
     for name, label in LOADERS.items():
         found = {row["rung"]: row["cpu_us_per_pair"] - reading[row["rung"]] for row in measured if row["loader"] == name}
         lines.append((label, *(_microseconds(found.get(rung)) for rung in ("normalise", "full"))))
-    return markdown(("loader", "read and normalise", "all augmentations: rotation, colour, flip"), lines)
+    return markdown_table(("loader", "read and normalise", "all augmentations: rotation, colour, flip"), lines)
 
 
 def _microseconds(value: float | None) -> str:
@@ -191,7 +188,7 @@ def waiting_table() -> str:
     for name, label in WAITING.items():
         (ours,) = (row for row in record(name) if row["variant"] == "ours")
         lines.append((label, f"{ours['alone_wall_s']:.3f}", f"{ours['beside_wall_s']:.3f}", f"`{name}`"))
-    return markdown(("idle threads", "alone", "beside", "record"), lines)
+    return markdown_table(("idle threads", "alone", "beside", "record"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
