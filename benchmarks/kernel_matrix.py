@@ -42,7 +42,7 @@ from pairclip_fast.kernels import tiles, triton_scores, triton_softmax, triton_s
 RECORD = Path(__file__).parent / "records" / "kernel-matrix.json"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {**DTYPES, torch.int32: "i32", torch.int64: "i64"}
-USUAL_DIM, OTHER_DIMS = 512, (256, 768)
+USUAL_DIM, OTHER_DIMS = 512, (256, 384, 768)
 TENSOR_MEMORY_COLUMNS = 512
 MOST_REDUNDANCY = 1.05
 KNOWN_REDUNDANCY = {"9.0 softmax_kernel": 2.0}
@@ -98,15 +98,14 @@ def cells(*, dims: Iterable[int] = (USUAL_DIM, *OTHER_DIMS)) -> Iterator[Cell]:
 
 
 def _softmax_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> Iterator[Cell]:
-    for precision in ("tf32", "tf32x3") if dtype == torch.float32 else ("ieee",):
-        tile = tiles.softmax_tile(capability, dtype=dtype, dim=dim, precision=precision)
+    tile = tiles.softmax_tile(capability, dtype=dtype, dim=dim)
 
-        def launch(tile: tiles.SoftmaxTile = tile, precision: str = precision) -> object:
-            return triton_softmax.bank_softmax(*_features(dtype, dim), _scale(), tile=tile, splits=2, precision=precision)
+    def launch() -> object:
+        return triton_softmax.bank_softmax(*_features(dtype, dim), _scale(), tile=tile, splits=2)
 
-        yield Cell(capability=capability, dtype=dtype, dim=dim, variant=precision, launch=launch, kernel="softmax_kernel")
-        if dtype == torch.bfloat16:  # its inputs are float32 whatever the features are
-            yield Cell(capability=capability, dtype=torch.float32, dim=dim, variant="sums", launch=launch, kernel="combine_kernel")
+    yield Cell(capability=capability, dtype=dtype, dim=dim, variant=tiles.precision_of(dtype), launch=launch, kernel="softmax_kernel")
+    if dtype == torch.bfloat16:  # its inputs are float32 whatever the features are
+        yield Cell(capability=capability, dtype=torch.float32, dim=dim, variant="sums", launch=launch, kernel="combine_kernel")
 
 
 def _stats_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int, *, all_variants: bool) -> Iterator[Cell]:
@@ -129,7 +128,7 @@ def _other_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> I
         ("row_kernel", lambda: triton_scores.row_scores(*_features(dtype, dim), step=8, tile=tile)),
         ("pair_kernel", lambda: triton_scores.pair_scores(*_features(dtype, dim), _indices()[:, None], tile=pair_tile)),
     ):
-        yield Cell(capability=capability, dtype=dtype, dim=dim, variant=tiles.exact_precision(dtype), launch=launch, kernel=kernel)
+        yield Cell(capability=capability, dtype=dtype, dim=dim, variant=tiles.precision_of(dtype), launch=launch, kernel=kernel)
 
 
 def recorded(cell: Cell) -> Launch:

@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    chosen = ops.implementation(torch.device("cpu"))
+    chosen = ops.implementation(torch.device("cpu"), dtype=torch.float32, dim=DIM)
     peaks = [peak_gflops()]
     try:
         with freed_memory_returned():  # from the first table on: a hole once in the heap would be filled, and stay

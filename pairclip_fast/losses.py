@@ -80,6 +80,11 @@ class ContrastiveLoss(nn.Module):
         return None if self._group_means is None else self._groups
 
     @property
+    def products(self) -> torch.dtype:
+        """The format of what the bank loss multiplies."""
+        return self._multiplied.dtype
+
+    @property
     def _multiplied(self) -> Tensor:
         """The bank as the bank loss multiplies it."""
         return self.bank if self._rounded_bank is None else self._rounded_bank
@@ -143,7 +148,7 @@ class ContrastiveLoss(nn.Module):
         own = torch.arange(len(groups), device=groups.device)
         own_columns = own + (dist.get_rank() * len(groups) if _distributed() else 0)
         hidden = (groups[:, None] == all_groups) | ~all_valid
-        hidden[own, own_columns] = False
+        hidden &= own_columns[:, None] != torch.arange(len(all_groups), device=groups.device)  # to set one value would wait for the device
         to_text = (scale * image_features @ all_texts.T).masked_fill(hidden, -torch.inf)
         to_image = (scale * text_features @ all_images.T).masked_fill(hidden, -torch.inf)
         return 0.5 * (F.cross_entropy(to_text, own_columns, reduction="none") + F.cross_entropy(to_image, own_columns, reduction="none"))

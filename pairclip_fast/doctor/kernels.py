@@ -37,18 +37,19 @@ def verify_kernels(device: torch.device, *, events: EventLog) -> dict[str, Any]:
     """Check and time all operations on `device`.
 
     Returns:
-        `device`, `implementation`, `reason`, `repeats`, and `rows`: one dictionary per operation and dtype with sizes, the worst
-        difference to float64 of each output beside what is allowed, medians and quartiles in ms, and an estimate or None.
+        `device`, `repeats`, and `rows`: one dictionary per operation and dtype with the implementation and why it is that one,
+        sizes, the worst difference to float64 of each output beside what is allowed, medians and quartiles in ms, and an
+        estimate or None.
     """
-    chosen = implementation(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     rows: list[dict[str, Any]] = []
     with events.progress("verifying kernels", total=len(DTYPES), unit="dtypes") as advance:
         for dtype in DTYPES:
+            chosen = implementation(device, dtype=dtype, dim=SIZES[device.type]["dim"])
             case = make_case(device=device, dtype=dtype, **SIZES[device.type])
-            rows += _rows(case, name)
+            rows += [{"implementation": chosen.name, "reason": chosen.reason} | row for row in _rows(case, name)]
             advance(1)
-    return {"device": name, "implementation": chosen.name, "reason": chosen.reason, "repeats": REPEATS, "rows": rows}
+    return {"device": name, "repeats": REPEATS, "rows": rows}
 
 
 def refuse_wrong_kernels(verified: dict[str, Any]) -> None:
@@ -68,7 +69,8 @@ def refuse_wrong_kernels(verified: dict[str, Any]) -> None:
 
 def render_verification(verified: dict[str, Any]) -> str:
     """The table as text."""
-    lines = [f"Kernels on {verified['device']}: {verified['implementation']} ({verified['reason']})", HEADING]
+    used = {row["dtype"]: f"{row['dtype']} by {row['implementation']} ({row['reason']})" for row in verified["rows"]}
+    lines = [f"Kernels on {verified['device']}: {'; '.join(used.values())}", HEADING]
     for row in verified["rows"]:
         size = f"{row['batch']} x {row['captions']} x {row['dim']}"
         verdict, ratio = "right" if row["ok"] else "WRONG", row["torch_ms"] / row["ms"]

@@ -15,6 +15,8 @@ from pairclip_fast.telemetry.machine import usable_cores
 from pairclip_fast.telemetry.nvml import NvmlDevice, read_nvml
 
 GIB = 1 << 30
+USUAL_FEATURES = 512
+"""Of CLIP; the kernels may be asked for others."""
 PACKAGES = (
     "torch",
     "torchvision",
@@ -153,7 +155,9 @@ def check_kernels() -> Check:
 
     from pairclip_fast.kernels.ops import implementation
 
-    chosen = implementation(torch.device(training_device()))
+    device = torch.device(training_device())
+    found = [implementation(device, dtype=dtype, dim=USUAL_FEATURES) for dtype in (torch.float32, torch.bfloat16)]
+    chosen = next((one for one in found if one.name == "torch"), found[0])
     return Check(topic="kernels", status="ok", found=chosen.name, reason=chosen.reason)
 
 

@@ -46,34 +46,34 @@ class Kernels(Protocol):
 class OwnKernels(Kernels, Protocol):
     """A module of `CANDIDATES`."""
 
-    def why_not(self, device: torch.device) -> str | None:
-        """The reason why nothing of it can run on `device`; None if it can. May check itself against torch."""
+    def why_not(self, device: torch.device, *, dtype: torch.dtype, dim: int) -> str | None:
+        """The reason why it cannot run on `device` for `dim` features of that dtype; None if it can. May check itself against torch."""
 
     def describe(self, device: torch.device) -> str:
         """What exactly runs on `device`: instruction set, tiles, precision."""
 
     def covers(self, emb: Tensor, bank: Tensor) -> bool:
-        """Whether these tensors' dtype, size and layout are covered; otherwise the call goes to `portable`."""
+        """Whether these tensors' dtype, size and layout are meant to be; otherwise the call goes to `portable`."""
 
 
 def kernels_for(emb: Tensor, bank: Tensor) -> Kernels:
     """The implementation for these arguments."""
-    own = _resolve(emb.device, os.environ.get(VARIABLE, "auto"))[1]
+    own = _resolve(emb.device, os.environ.get(VARIABLE, "auto"), dtype=emb.dtype, dim=emb.shape[1])[1]
     return own if own is not None and own.covers(emb, bank) else cast(Kernels, portable)
 
 
-def implementation(device: torch.device) -> Implementation:
-    """Name of the implementation that runs on `device`, and the reason.
+def implementation(device: torch.device, *, dtype: torch.dtype, dim: int) -> Implementation:
+    """Name of the implementation that runs on `device` for `dim` features of that dtype, and the reason.
 
     Raises:
         ConfigError: `PAIRCLIP_BACKEND` names no implementation.
         EnvironmentLackingError: it names one that cannot run here.
     """
-    return _resolve(device, os.environ.get(VARIABLE, "auto"))[0]
+    return _resolve(device, os.environ.get(VARIABLE, "auto"), dtype=dtype, dim=dim)[0]
 
 
 @functools.cache
-def _resolve(device: torch.device, wanted: str) -> tuple[Implementation, OwnKernels | None]:
+def _resolve(device: torch.device, wanted: str, *, dtype: torch.dtype, dim: int) -> tuple[Implementation, OwnKernels | None]:
     names = {"auto", "torch", *(name for name, _module in CANDIDATES.values())}
     if wanted not in names:
         raise ConfigError("unknown implementation of the kernels", where=VARIABLE, expected=", ".join(sorted(names)), got=wanted)
@@ -83,7 +83,10 @@ def _resolve(device: torch.device, wanted: str) -> tuple[Implementation, OwnKern
         return Implementation("torch", f"there is no kernel of our own for {device.type}"), None
     name, module_name = CANDIDATES[device.type]
     module = cast(OwnKernels, importlib.import_module(module_name))
-    reason = module.why_not(device) if wanted in ("auto", name) else f"{VARIABLE}={wanted}, which is not for {device.type}"
+    if wanted in ("auto", name):
+        reason = module.why_not(device, dtype=dtype, dim=dim)
+    else:
+        reason = f"{VARIABLE}={wanted}, which is not for {device.type}"
     if reason is None:
         return Implementation(name, module.describe(device)), module
     if wanted == name:

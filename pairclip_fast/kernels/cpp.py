@@ -19,7 +19,7 @@ MOST_CAPTIONS = 2**31 - 1
 """Captions are counted, and remembered by `bank_topk`, in 32 bits."""
 
 
-def why_not(_device: torch.device) -> str | None:
+def why_not(_device: torch.device, *, dtype: torch.dtype, dim: int) -> str | None:  # noqa: ARG001 - all alike
     """The reason why nothing of it can run; None if it can."""
     found = native()
     return found.reason if found.module is None else None

@@ -9,6 +9,7 @@ moment that tracing, autograd and the FLOP counter would all respect.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,13 +39,28 @@ def outside_autocast(device: torch.device) -> torch.autocast:
 @contextlib.contextmanager
 def ranking(device: torch.device) -> Iterator[None]:
     """No autocast, and float32 products that are float32: TF32, which training allows on CUDA, has 10 bits and ties at random."""
-    allowed = torch.get_float32_matmul_precision()
+    restore = _float32_products()
     torch.set_float32_matmul_precision("highest")
     try:
         with outside_autocast(device):
             yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        restore()
+
+
+def _float32_products() -> Callable[[], None]:
+    """What brings torch's switch of float32 products back to where it is now. It has two: the old one cannot be read once the
+    new ones were set, and the new ones must not be set where the old one is in use."""
+    try:
+        return functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    except RuntimeError:
+        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        return functools.partial(_set_switches, {switch: switch.fp32_precision for switch in switches})
+
+
+def _set_switches(values: dict[Any, str]) -> None:
+    for switch, value in values.items():
+        switch.fp32_precision = value
 
 
 def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +172,11 @@ def _flops_chosen(emb: torch.Size, _bank: torch.Size, indices: torch.Size, **_kw
     return 2 * indices[0] * indices[1] * emb[1]
 
 
-def _register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int]) -> None:
+def _register(
+    name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int], *tags: torch.Tag
+) -> None:
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(qualified, "default", body)
     torch.library.register_fake(qualified, fake)
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
@@ -182,6 +200,13 @@ _register(
     _flops_one_product,
 )
 _register("pair_scores", "(Tensor emb, Tensor bank, Tensor indices) -> Tensor", _pair_scores, _fake_pair_scores, _flops_chosen)
-_register("bank_topk", "(Tensor emb, Tensor bank, int k) -> (Tensor, Tensor)", _bank_topk, _fake_bank_topk, _flops_one_product)
+_register(
+    "bank_topk",
+    "(Tensor emb, Tensor bank, int k) -> (Tensor, Tensor)",
+    _bank_topk,
+    _fake_bank_topk,
+    _flops_one_product,
+    torch.Tag.cudagraph_unsafe,  # it reads from the device which rows need the plain way
+)
 torch.library.register_autograd(f"{NAMESPACE}::bank_softmax", _softmax_backward, setup_context=_save_for_backward)
 torch.library.register_autograd(f"{NAMESPACE}::bank_cross_entropy", _cross_entropy_backward, setup_context=_save_for_backward)

@@ -36,16 +36,15 @@ def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int
     """Least time of one call on `gpu`, which has TF32; `chosen` is P of `pair_scores`, k of `bank_topk`."""
     product = 2.0 * batch * captions * dim
     if operation == "bank_softmax":
-        precision = tiles.softmax_precision(dtype)
-        tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim, precision=precision)
+        tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim)
         slices = math.ceil(dim / tile.slice)
         products, out = product * slices + product * slices * tile.slice / dim, 4.0 * batch * (dim + 1)
     elif operation == "pair_scores":
-        precision, products, out = tiles.exact_precision(dtype), 2.0 * batch * chosen * dim, 4.0 * batch * chosen
+        products, out = 2.0 * batch * chosen * dim, 4.0 * batch * chosen
     else:
-        precision, out = tiles.exact_precision(dtype), 12.0 * batch * chosen + 16.0 * batch
+        out = 12.0 * batch * chosen + 16.0 * batch
         products = product * (1 + SAMPLED if operation == "bank_topk" else 1)
-    flops = products * (3 if precision == "tf32x3" else 1)
+    flops = products * (3 if tiles.precision_of(dtype) == "tf32x3" else 1)
     rows = batch + (batch * chosen if operation == "pair_scores" else captions)
     moved = rows * dim * dtype.itemsize + out
     peak = gpu.tf32_tflops if dtype == torch.float32 else gpu.tflops
@@ -58,7 +57,7 @@ def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int
 
 def softmax_workspace_bytes(gpu: Gpu, *, batch: int, captions: int, dim: int, dtype: torch.dtype) -> int:
     """Memory that `bank_softmax` takes beside its arguments and results; it stops growing with the bank."""
-    tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim, precision=tiles.softmax_precision(dtype))
+    tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim)
     programs = math.ceil(batch / tile.rows) * math.ceil(dim / tile.slice)
     splits = tiles.split_bank(captions, columns=tile.columns, programs=programs, processors=gpu.processors)
     return 4 * tiles.tiles_per_split(captions, columns=tile.columns, splits=splits)[1] * batch * (dim + 2)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairclip_fast.kernels.tiles import Tile, exact_precision
+from pairclip_fast.kernels.tiles import Tile, precision_of
 
 
 @triton.jit
@@ -34,19 +34,24 @@ def score_tile(
     return scores
 
 
-@triton.jit(do_not_specialize=["batch", "chosen"])
+@triton.jit(do_not_specialize=["batch", "captions", "chosen"])
 @no_type_check
 def pair_kernel(
-    emb, emb_stride, bank, bank_stride, indices, out, batch, chosen,
+    emb, emb_stride, bank, bank_stride, indices, out, batch, captions, chosen,
     DIM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The diagonal of a tile whose columns are the captions chosen for its rows: the tile's arithmetic, one use of each product."""
+    """The diagonal of a tile whose columns are the captions chosen for its rows: the tile's arithmetic, one use of each product.
+
+    A caption that does not exist scores NaN: nobody checks indices on a GPU, and reading past the bank ends its process.
+    """
     row = tl.program_id(0) // chosen * ROWS + tl.arange(0, ROWS)
     place = row.to(tl.int64) * chosen + tl.program_id(0) % chosen
     index = tl.load(indices + place, mask=row < batch, other=-1)
-    scores = score_tile(emb, emb_stride, tl.minimum(row, batch - 1), bank, bank_stride, tl.maximum(index, 0), DIM, DEPTH, PRECISION)
+    column = tl.minimum(tl.maximum(index, 0), captions - 1)
+    scores = score_tile(emb, emb_stride, tl.minimum(row, batch - 1), bank, bank_stride, column, DIM, DEPTH, PRECISION)
     diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
     score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
+    score = tl.where(index < captions, score, float("nan"))
     tl.store(out + place, tl.where(index >= 0, score, float("-inf")), mask=row < batch)
 
 
@@ -73,8 +78,8 @@ def pair_scores(emb: Tensor, bank: Tensor, indices: Tensor, *, tile: Tile) -> Te
         return out
     programs = triton.cdiv(emb.shape[0], tile.rows) * indices.shape[1]  # in one dimension: the others end at 65,535
     pair_kernel[(programs,)](
-        emb, emb.stride(0), bank, bank.stride(0), indices.contiguous(), out, emb.shape[0], indices.shape[1],
-        DIM=emb.shape[1], ROWS=tile.rows, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
+        emb, emb.stride(0), bank, bank.stride(0), indices.contiguous(), out, emb.shape[0], bank.shape[0], indices.shape[1],
+        DIM=emb.shape[1], ROWS=tile.rows, DEPTH=tile.depth, PRECISION=precision_of(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -87,7 +92,7 @@ def row_scores(emb: Tensor, bank: Tensor, *, step: int, tile: Tile) -> Tensor:
     programs = triton.cdiv(emb.shape[0], tile.rows) * triton.cdiv(width, tile.columns)
     row_kernel[(programs,)](
         emb, emb.stride(0), bank, bank.stride(0), out, emb.shape[0], bank.shape[0], step, width,
-        DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
+        DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision_of(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairclip_fast.kernels.tiles import SoftmaxTile, tiles_per_split
+from pairclip_fast.kernels.tiles import SoftmaxTile, precision_of, tiles_per_split
 from pairclip_fast.kernels.triton_scores import score_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -103,7 +103,7 @@ def combine_kernel(
     tl.store(mean_out + row[:, None].to(tl.int64) * DIM + feature[None, :], weighted / whole[:, None], mask=inside)
 
 
-def bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor, *, tile: SoftmaxTile, splits: int, precision: str) -> tuple[Tensor, Tensor]:
+def bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor, *, tile: SoftmaxTile, splits: int) -> tuple[Tensor, Tensor]:
     """Log-partition [B] and mean caption [B, D] of the softmax over the bank."""
     (batch, dim), captions = emb.shape, bank.shape[0]
     tiles, splits = tiles_per_split(captions, columns=tile.columns, splits=splits)
@@ -115,7 +115,7 @@ def bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor, *, tile: SoftmaxTile,
         return lse, mean
     softmax_kernel[(triton.cdiv(batch, tile.rows), splits, triton.cdiv(dim, tile.slice))](
         emb, emb.stride(0), bank, bank.stride(0), scale.float(), high, total, sums, batch, captions, tiles,
-        DIM=dim, SLICE=tile.slice, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision,
+        DIM=dim, SLICE=tile.slice, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision_of(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(batch, COMBINE_ROWS), triton.cdiv(dim, COMBINE_FEATURES))](

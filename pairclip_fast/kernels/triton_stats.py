@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairclip_fast.kernels.tiles import Tile, exact_precision, tiles_per_split
+from pairclip_fast.kernels.tiles import Tile, precision_of, tiles_per_split
 from pairclip_fast.kernels.triton_scores import pair_scores, score_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -93,11 +93,11 @@ def bank_stats(
         stats_kernel[(triton.cdiv(emb.shape[0], tile.rows), splits)](
             emb, emb.stride(0), bank, bank.stride(0), scale.float(), positive, counted, own, labels,
             part_lse, part_best, part_greater, part_equal, emb.shape[0], captions, tiles,
-            DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
+            DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision_of(emb.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    count(guess, torch.full_like(guess, torch.inf))  # nothing is settled yet
+    count(guess, torch.where(guess == torch.inf, 0.0, torch.inf))  # nothing is settled yet
     positive = torch.where(guess.isnan(), guess, part_best.amax(dim=0))
     count(positive, guess)
     lse = torch.logsumexp(part_lse, dim=0)

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairclip_fast.kernels.tiles import Tile, exact_precision, split_bank, tiles_per_split
+from pairclip_fast.kernels.tiles import Tile, precision_of, split_bank, tiles_per_split
 from pairclip_fast.kernels.triton_scores import row_scores, score_tile
 
-WORKSPACE_BYTES = 64 * 2**20
+WORKSPACE_BYTES = 256 * 2**20
+"""Of lists and samples at a time: enough to fill a large GPU with programs for the ten best of 10,000."""
 SORT_BYTES = 24
 """Memory of one score that is sorted: itself, its place, the sorted copies of both, and as much again for the sort."""
 SMALL_BANK = 4096
@@ -70,9 +71,7 @@ def bank_topk(emb: Tensor, bank: Tensor, k: int, *, tile: Tile, processors: int)
         return sorted_rows(emb, bank, k, tile=tile)
     step = max(STEP, triton.cdiv(captions, LARGEST_SAMPLE))
     capacity = 2 * step * k + SLACK
-    splits = split_bank(captions, columns=tile.columns, programs=triton.cdiv(batch, tile.rows), processors=processors)
-    bytes_per_row = SORT_BYTES * splits * capacity + 4 * triton.cdiv(captions, step)
-    rows = max(1, WORKSPACE_BYTES // (bytes_per_row * tile.rows)) * tile.rows
+    rows, splits = blocks_of_rows(batch, captions, step=step, capacity=capacity, tile=tile, processors=processors)
     scores = torch.empty(batch, k, dtype=torch.float32, device=emb.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=emb.device)
     whole = torch.empty(batch, dtype=torch.bool, device=emb.device)
@@ -89,6 +88,16 @@ def bank_topk(emb: Tensor, bank: Tensor, k: int, *, tile: Tile, processors: int)
     return scores, indices
 
 
+def blocks_of_rows(batch: int, captions: int, *, step: int, capacity: int, tile: Tile, processors: int) -> tuple[int, int]:
+    """Rows at a time, and parts of the bank, whose lists fit the workspace; a single tile of rows and one part always may."""
+    list_bytes, sample_bytes = SORT_BYTES * capacity * tile.rows, 4 * triton.cdiv(captions, step) * tile.rows
+    rows = max(1, WORKSPACE_BYTES // (list_bytes + sample_bytes))
+    programs = min(rows, triton.cdiv(batch, tile.rows))
+    wanted = split_bank(captions, columns=tile.columns, programs=programs, processors=processors)
+    splits = min(wanted, max(1, (WORKSPACE_BYTES // programs - sample_bytes) // list_bytes))
+    return programs * tile.rows, splits
+
+
 def candidates(emb: Tensor, bank: Tensor, threshold: Tensor, *, capacity: int, splits: int, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """Captions that reach the threshold, in index order: scores and indices [B, splits * capacity] (-inf where empty), counts."""
     batch = emb.shape[0]
@@ -98,7 +107,7 @@ def candidates(emb: Tensor, bank: Tensor, threshold: Tensor, *, capacity: int, s
     counts = torch.empty(batch, splits, dtype=torch.int32, device=emb.device)
     filter_kernel[(triton.cdiv(batch, tile.rows), splits)](
         emb, emb.stride(0), bank, bank.stride(0), threshold, counts, scores, indices, batch, bank.shape[0], tiles, capacity,
-        DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=exact_precision(emb.dtype),
+        DIM=emb.shape[1], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision_of(emb.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return scores, indices, counts

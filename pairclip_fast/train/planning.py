@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
+from pairclip_fast.kernels.choice import VARIABLE
 from pairclip_fast.kernels.ops import Implementation, implementation
 from pairclip_fast.models import stages, tower
 from pairclip_fast.models.encoder import ImageEncoder
@@ -112,7 +114,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
     rate = found.pairs_per_second * parts.processes.world_size
     whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
-    kernels = implementation(parts.placement.device)
+    kernels = kernels_of(parts, trainee)
     in_torch = compiled.startswith("compiled")
     blocks, convolutions = blocks_of(parts, trainee, compiled=in_torch), stages_of(parts, trainee, compiled=in_torch)
     return TrainingPlan(
@@ -154,8 +156,21 @@ def stages_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> Implementati
     return stages.implementation(trainee.module.encoder, device=parts.placement.device, autocast=_autocast(parts), compiled=compiled)
 
 
+def kernels_of(parts: Parts, trainee: Trainee) -> Implementation:
+    """What computes the loss over the captions and their ranks: our own kernels only if they take both."""
+    loss, device = trainee.module.loss, parts.placement.device
+    found = [implementation(device, dtype=dtype, dim=loss.bank.shape[1]) for dtype in (loss.products, loss.bank.dtype)]
+    return next((one for one in found if one.name == "torch"), found[0])
+
+
 def _autocast(parts: Parts) -> torch.dtype | None:
     return None if parts.precision.name == "fp32" else parts.precision.dtype
+
+
+def tell_slower_kernels(kernels: Implementation, *, events: EventLog) -> None:
+    """One event if the bank operations are torch's, unless that was asked for."""
+    if kernels.name == "torch" and os.environ.get(VARIABLE) != "torch":
+        events.fallback("kernels over the caption bank", chosen="torch", reason=kernels.reason)
 
 
 def tell_slower_blocks(parts: Parts, blocks: Implementation, *, compiled: bool, events: EventLog) -> None:

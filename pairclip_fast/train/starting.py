@@ -26,7 +26,7 @@ from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.evaluation import FOLDER as EVALUATIONS
 from pairclip_fast.train.evaluation import Evaluator
-from pairclip_fast.train.planning import TrainingPlan, blocks_of, make_plan, tell_slower_blocks
+from pairclip_fast.train.planning import TrainingPlan, blocks_of, kernels_of, make_plan, tell_slower_blocks, tell_slower_kernels
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.run_folder import Chosen
@@ -131,6 +131,7 @@ def set_up(
     )
     plan = make_plan(parts, trainee, loader=loader.backend, compiled=compiled, steps_done=steps_done)
     in_torch = compiled == "compiled"
+    tell_slower_kernels(kernels_of(parts, trainee), events=events)
     tell_slower_blocks(parts, blocks_of(parts, trainee, compiled=in_torch), compiled=in_torch, events=events)
     peak = peak_tflops(placement.device, dtype=parts.precision.dtype, synchronise=placement.synchronise)
 

@@ -15,7 +15,7 @@ from pairclip_fast.kernels.selfcheck import SCORE_TOLERANCE
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]  # the first use of a shape compiles
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [(1, 1, 64), (65, 4_500, 512), (300, 10_003, 512), (64, 5_000, 768), (33, 9_000, 48), (4_096, 10_000, 512)]
+SIZES = [(1, 1, 64), (65, 4_500, 512), (300, 10_003, 512), (64, 5_000, 768), (33, 9_000, 48), (256, 10_000, 198), (4_096, 10_000, 512)]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def test_our_kernels_are_what_runs() -> None:
-    found = ops.implementation(CUDA)
+    found = ops.implementation(CUDA, dtype=torch.float32, dim=198)
     wanted = "triton" if torch.cuda.get_device_capability(CUDA) >= tiles.OLDEST_CAPABILITY else "torch"
     assert found.name == wanted, found.reason
 

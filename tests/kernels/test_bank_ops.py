@@ -24,7 +24,7 @@ SCALE = torch.tensor(11.0)
 @pytest.fixture(scope="module", params=["torch", "cpp"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
-    missing = cpp.why_not(torch.device("cpu")) if name == "cpp" else None
+    missing = cpp.why_not(torch.device("cpu"), dtype=torch.float32, dim=8) if name == "cpp" else None
     if missing:
         pytest.skip(missing)
     with pytest.MonkeyPatch.context() as patch:
@@ -235,6 +235,18 @@ def test_ranks_are_never_made_from_tf32(monkeypatch: pytest.MonkeyPatch) -> None
         torch.set_float32_matmul_precision("highest")
 
 
+def test_torchs_newer_precision_switches_are_respected() -> None:
+    """The older one cannot be read once they are set."""
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision = "tf32"
+    try:
+        ops.bank_topk(unit(2, 4), unit(5, 4, seed=1), k=2)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_autocast_does_not_round_scores() -> None:
     emb, bank = unit(5, 32), unit(200, 32, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -306,6 +318,6 @@ def test_scores_stay_within_the_workspace(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_implementation_is_named_with_its_reason(backend: str) -> None:
-    found = ops.implementation(torch.device("cpu"))
+    found = ops.implementation(torch.device("cpu"), dtype=torch.float32, dim=64)
     assert found.name == backend
     assert ("C++" if backend == "cpp" else VARIABLE) in found.reason

@@ -32,7 +32,7 @@ def unit(*shape: int, seed: int) -> Tensor:
 def test_it_is_what_runs(dtype: torch.dtype) -> None:
     emb, bank = unit(3, 5, seed=0).to(dtype), unit(4, 5, seed=1).to(dtype)
     assert choice.kernels_for(emb, bank) is cpp
-    assert ops.implementation(CPU).reason.startswith(f"C++, {cpp.best_engine()}")
+    assert ops.implementation(CPU, dtype=torch.float32, dim=64).reason.startswith(f"C++, {cpp.best_engine()}")
 
 
 @built
@@ -54,7 +54,7 @@ def test_what_it_does_not_cover_is_left_to_torch(emb: Tensor, bank: Tensor) -> N
 
 def test_without_the_extension_torch_runs_and_the_reason_is_told() -> None:
     code = (
-        "import torch; from pairclip_fast.kernels import ops; print(*ops.implementation(torch.device('cpu')));"
+        "import torch; from pairclip_fast.kernels import ops; print(*ops.implementation(torch.device('cpu'), dtype=torch.float32, dim=64));"
         "print(ops.bank_topk(torch.ones(2, 3), torch.ones(4, 3), k=2)[1].tolist())"
     )
     environment = os.environ | {"PAIRCLIP_NATIVE": "off"}
@@ -63,11 +63,11 @@ def test_without_the_extension_torch_runs_and_the_reason_is_told() -> None:
 
 
 def test_asking_for_what_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "why_not", lambda device: "not built")
+    monkeypatch.setattr(cpp, "why_not", lambda _device, **_kind: "not built")
     monkeypatch.setenv(choice.VARIABLE, "cpp")
     choice._resolve.cache_clear()
     with pytest.raises(EnvironmentLackingError, match="not built"):
-        ops.implementation(CPU)
+        ops.implementation(CPU, dtype=torch.float32, dim=64)
     choice._resolve.cache_clear()
 
 

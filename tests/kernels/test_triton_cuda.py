@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.kernels import choice, ops, portable, tiles, triton_cuda
 
 CPU = torch.device("cpu")
@@ -29,7 +31,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def install(**broken: Callable[..., Any]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
         monkeypatch.setitem(choice.CANDIDATES, "cpu", ("triton", "pairclip_fast.kernels.triton_cuda"))
-        monkeypatch.setattr(triton_cuda, "USUAL", (torch.float32, 64))
         for name in OPERATIONS:
             monkeypatch.setattr(triton_cuda, name, broken.get(name, getattr(portable, name)))
 
@@ -39,17 +40,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def forget() -> None:
-    for cached in (choice._resolve, triton_cuda.failure, triton_cuda.usable):
+    for cached in (choice._resolve, triton_cuda.failure):
         cached.cache_clear()
 
 
 def test_what_agrees_with_torch_runs(stand_in: Callable[..., None]) -> None:
     stand_in()
-    found = ops.implementation(CPU)
+    found = ops.implementation(CPU, dtype=torch.float32, dim=64)
     assert found.name == "triton"
     assert "9.0" in found.reason
     for dtype in triton_cuda.DTYPES:
-        assert triton_cuda.covers(torch.ones(2, 32, dtype=dtype), torch.ones(3, 32, dtype=dtype))
+        assert choice.kernels_for(torch.ones(2, 30, dtype=dtype), torch.ones(3, 30, dtype=dtype)) is triton_cuda
 
 
 def off_by(name: str, output: int, amount: float) -> Callable[..., Any]:
@@ -99,7 +100,8 @@ def later_of_two_equals_first(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor
 )
 def test_a_broken_kernel_hands_over_to_torch(stand_in: Callable[..., None], name: str, broken: Callable[..., Any], reason: str) -> None:
     stand_in(**{name: broken})
-    found = ops.implementation(CPU)
+    with pytest.warns(RuntimeWarning, match=r"64 .*float32.* go to torch"):
+        found = ops.implementation(CPU, dtype=torch.float32, dim=64)
     assert found.name == "torch"
     assert re.search(reason, found.reason), found.reason
     assert "\n" not in found.reason
@@ -114,7 +116,7 @@ def test_another_dtype_or_size_is_checked_when_it_comes(stand_in: Callable[..., 
         return fail() if emb.shape[1] == 128 else portable.bank_softmax(emb, bank, scale)  # type: ignore[return-value]
 
     stand_in(bank_softmax=fails_at_128)
-    assert ops.implementation(CPU).name == "triton"
+    assert ops.implementation(CPU, dtype=torch.float32, dim=64).name == "triton"
     scale = torch.tensor(1.0)
     with pytest.warns(RuntimeWarning, match=r"128 .*float32.* go to torch: .*OutOfResources"):
         ops.bank_softmax(torch.ones(2, 128), torch.ones(3, 128), scale)
@@ -128,26 +130,23 @@ def test_what_is_not_covered(stand_in: Callable[..., None]) -> None:
     stand_in()
     emb, bank = torch.ones(2, 64), torch.ones(3, 64)
     assert triton_cuda.covers(emb, bank)
-    assert not triton_cuda.covers(torch.ones(2, 40), torch.ones(3, 40)), "no multiple of 16"
     assert not triton_cuda.covers(emb.double(), bank.double())
-    assert not triton_cuda.covers(emb, torch.ones(64, 3).T), "features apart in memory"
-    assert not triton_cuda.covers(emb, torch.ones(3 * 64 + 1)[1:].view(3, 64)), "rows not aligned"
     assert not triton_cuda.covers(torch.ones(2, 0), torch.ones(3, 0))
     assert not triton_cuda.covers(emb, torch.ones(1, 64).expand(2**31, 64)), "more captions than 32 bits count"
 
 
 def test_old_gpus_and_missing_triton_have_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert triton_cuda.why_not(CPU) == "compute capability 7.5: Triton uses tensor cores from 8.0 on"
+    assert triton_cuda.why_not(CPU, dtype=torch.float32, dim=64) == "compute capability 7.5: Triton uses tensor cores from 8.0 on"
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert triton_cuda.why_not(CPU) == "triton is not installed"
+    assert triton_cuda.why_not(CPU, dtype=torch.float32, dim=64) == "triton is not installed"
 
 
 def test_an_unknown_architecture_says_so_and_gets_the_smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (13, 0))
     assert "without tiles of its own" in triton_cuda.describe(CPU)
     for dtype in triton_cuda.DTYPES:
-        unknown, smallest = (tiles.softmax_tile(capability, dtype=dtype, dim=512, precision="ieee") for capability in ((13, 0), (8, 6)))
+        unknown, smallest = (tiles.softmax_tile(capability, dtype=dtype, dim=512) for capability in ((13, 0), (8, 6)))
         assert unknown == smallest
 
 
@@ -159,16 +158,63 @@ def test_importing_the_operations_does_not_import_the_kernels() -> None:
     assert not [name for name in loaded if name.startswith("pairclip_fast.kernels.triton_") and name != "pairclip_fast.kernels.triton_cuda"]
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_only_the_loss_follows_torchs_switch(precision: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        assert tiles.softmax_precision(torch.float32) == ("tf32x3" if precision == "highest" else "tf32")
-        assert tiles.softmax_precision(torch.bfloat16) == "ieee"
-        assert tiles.exact_precision(torch.float32) == "tf32x3"
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize(("dim", "width"), [(1, 64), (37, 64), (64, 64), (198, 256), (512, 512)])
+def test_features_get_zeros_behind_them(dim: int, width: int) -> None:
+    emb, bank = torch.randn(3, dim), torch.randn(7, dim)
+    wide_emb, wide_bank = triton_cuda.widened(emb, bank)
+    assert (wide_emb.shape, wide_bank.shape) == ((3, width), (7, width))
+    assert torch.equal(wide_emb @ wide_bank.T, F.pad(emb, (0, width - dim)) @ F.pad(bank, (0, width - dim)).T)
+    assert (wide_bank is bank) == (dim == width), "what fits is not copied"
+    assert triton_cuda.widened(emb, bank)[1] is wide_bank, "made once"
+    bank[0, 0] += 1.0
+    assert torch.equal(triton_cuda.widened(emb, bank)[1][:, :dim], bank), "a bank that changed is widened again"
+
+
+def test_the_wider_copy_goes_with_its_bank() -> None:
+    bank = torch.randn(7, 40)
+    before = len(triton_cuda._widened_banks)
+    triton_cuda.widened(torch.randn(3, 40), bank)
+    assert len(triton_cuda._widened_banks) == before + 1
+    del bank
+    assert len(triton_cuda._widened_banks) == before
+    with torch.inference_mode():
+        assert triton_cuda.widened(torch.randn(3, 40), torch.randn(7, 40))[1].shape == (7, 64)
+
+
+@pytest.mark.parametrize(
+    "bank", [torch.ones(64, 3).T, torch.ones(3 * 64 + 1)[1:].view(3, 64), torch.ones(1, 64).expand(3, 64)[:, ::1]], ids=["apart", "odd", "same"]
+)
+def test_rows_in_another_layout_are_copied(bank: Tensor) -> None:
+    wide = triton_cuda.widened(torch.ones(2, 64), bank)[1]
+    assert torch.equal(wide, bank)
+    assert (wide.stride(1), wide.data_ptr() % 16) == (1, 0)
+
+
+def test_a_gpu_that_the_kernels_broke_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access torch fails too; handing over would only move the error."""
+
+    def broken(_device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(EnvironmentLackingError, match=r"(?s)left the GPU unusable.*PAIRCLIP_BACKEND=torch"):
+        triton_cuda._refuse_a_broken_device(torch.device("cuda", 0), "self-check: RuntimeError")
+
+
+@pytest.mark.parametrize("captions", [4_500, 20_000, 10**6])
+@pytest.mark.parametrize("batch", [1, 64, 4_096])
+@pytest.mark.parametrize("k", [1, 100, 1_024])
+def test_the_lists_of_the_best_fit_their_workspace(captions: int, batch: int, k: int) -> None:
+    pytest.importorskip("triton")
+    from pairclip_fast.kernels import triton_topk
+
+    tile, step = tiles.topk_tile(dtype=torch.float32, dim=512), max(8, -(-captions // 65_536))
+    capacity = 2 * step * k + 256
+    rows, splits = triton_topk.blocks_of_rows(batch, captions, step=step, capacity=capacity, tile=tile, processors=132)
+    assert rows % tile.rows == 0
+    assert splits >= 1
+    taken = rows * (triton_topk.SORT_BYTES * splits * capacity + 4 * -(-captions // step))
+    assert taken <= triton_topk.WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("captions", [1, 64, 65, 10_000, 10**6])

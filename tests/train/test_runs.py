@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_the_contract_names(options: Options, tmp_path: 
     )
     assert set(fields.split()) <= set(plan)
     assert (plan["num_train"], plan["num_val"], plan["num_captions"], plan["steps_per_epoch"]) == (70, 24, 16, 4)
-    kernels = implementation(torch.device("cpu"))
+    kernels = implementation(torch.device("cpu"), dtype=torch.float32, dim=64)
     assert plan["kernels"] == f"{kernels.name} ({kernels.reason})"
     step = next(event for event in events if event["event"] == "step")
     fields = (

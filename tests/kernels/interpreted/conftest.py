@@ -64,13 +64,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]]
     from pairclip_fast.kernels import choice, triton_cuda
 
     def pretend(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(triton_cuda, "USUAL", (torch.float32, 64))  # the interpreter takes long for the real ones
-        monkeypatch.setattr(triton_cuda, "CHECK_CAPTIONS", 300)
+        monkeypatch.setattr(triton_cuda, "CHECKED_SIZES", ((70, 300),))  # the interpreter takes long for the real ones
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=PROCESSORS))
         monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
         monkeypatch.setitem(choice.CANDIDATES, "cpu", ("triton", "pairclip_fast.kernels.triton_cuda"))
-        for cached in (choice._resolve, triton_cuda.failure, triton_cuda.usable):
+        for cached in (choice._resolve, triton_cuda.failure):
             cached.cache_clear()
 
     return pretend

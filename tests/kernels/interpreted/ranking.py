@@ -47,6 +47,24 @@ def same_stats(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
     )
 
 
+@ALL_NAN
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_that_overflowed_is_counted_too(rows: int) -> None:
+    """Its guess is infinite; nothing may be left of the fresh memory, which is NaN here."""
+    emb, bank = torch.full((rows, 16), torch.inf), torch.ones(20, 16)
+    lse, positive, greater, equal = stats(emb, bank, torch.zeros(rows, dtype=torch.int64), None, splits=2)
+    assert positive.isinf().all()
+    assert lse.isinf().all() or lse.isnan().all()
+    assert ((greater + equal == 19) | (greater == 20)).all()
+
+
+def test_a_caption_that_does_not_exist_scores_nan() -> None:
+    emb, bank = unit(3, 16).float(), unit(5, 16, seed=1).float()
+    found = triton_scores.pair_scores(emb, bank, torch.tensor([[5, 0], [-1, 4], [2**40, 1]]), tile=TILE)
+    assert found.isnan().tolist() == [[True, False], [False, False], [True, False]]
+    assert found.isneginf().nonzero().tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize(
     ("batch", "captions", "kinds", "splits", "dtypes"),
     [

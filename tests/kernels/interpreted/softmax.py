@@ -29,7 +29,7 @@ def tiling(*, depth: int, width: int, rows: int = 16, columns: int = 32) -> Soft
 def run(
     emb: Tensor, bank: Tensor, tile: SoftmaxTile, splits: int, scale: Tensor = SCALE, module: ModuleType = triton_softmax
 ) -> tuple[Tensor, Tensor]:
-    lse, mean = module.bank_softmax(emb, bank, scale, tile=tile, splits=splits, precision="tf32x3")
+    lse, mean = module.bank_softmax(emb, bank, scale, tile=tile, splits=splits)
     return lse, mean
 
 
@@ -123,7 +123,7 @@ def test_rows_may_lie_apart_in_memory() -> None:
 def test_the_op_and_its_gradient(pretended_gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int]) -> None:
     """Through the registered op, with the self-check before it; an architecture that is too old falls back with its reason."""
     pretended_gpu(capability)
-    found = ops.implementation(torch.device("cpu"))
+    found = ops.implementation(torch.device("cpu"), dtype=torch.float32, dim=64)
     assert found.name == ("torch" if capability < (8, 0) else "triton"), found.reason
     assert ("7.99" in found.reason) == (capability < (8, 0))
     emb, scale = unit(5, 64).requires_grad_(), torch.tensor(9.0, requires_grad=True)
@@ -133,6 +133,24 @@ def test_the_op_and_its_gradient(pretended_gpu: Callable[[tuple[int, int]], None
     want = torch.autograd.grad((reference.bank_softmax(wide, bank.double(), wide_scale)[0] * weights).sum(), (wide, wide_scale))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=2e-6)
+
+
+def test_any_number_of_features_and_any_layout(pretended_gpu: Callable[[tuple[int, int]], None]) -> None:
+    """Zeros behind the features: the numbers, shapes and strides are those of the narrow ones."""
+    pretended_gpu((8, 0))
+    emb, bank = unit(5, 40), unit(300, 41, seed=1)[:, 1:]
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        lse, mean = ops.bank_softmax(emb.to(dtype), bank.to(dtype), SCALE)
+        want = reference.bank_softmax(emb.to(dtype).double(), bank.to(dtype).double(), SCALE.double())
+        torch.testing.assert_close(lse.double(), want[0], atol=10 * tolerance, rtol=tolerance)
+        torch.testing.assert_close(mean.double(), want[1], atol=tolerance, rtol=tolerance)
+        assert (mean.shape, mean.is_contiguous()) == ((5, 40), True)
+    targets = torch.arange(5)
+    stats = ops.bank_stats(emb, bank, SCALE, targets)
+    assert torch.equal(stats.greater, reference.bank_stats(emb.double(), bank.double(), SCALE.double(), targets, None)[2])
+    assert torch.equal(ops.bank_topk(emb, bank, k=3)[1], reference.bank_topk(emb.double(), bank.double(), 3)[1])
+    chosen = torch.tensor([[0, -1], [1, 299], [2, 2], [3, 5], [4, 0]])
+    torch.testing.assert_close(ops.pair_scores(emb, bank, chosen), reference.pair_scores(emb, bank, chosen))
 
 
 @pytest.mark.parametrize(
