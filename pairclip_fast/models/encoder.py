@@ -65,6 +65,11 @@ class ImageEncoder(nn.Module):
         return None
 
 
+def recomputes_batch_norm(module: nn.Module) -> bool:
+    """Whether some encoder within drops activations of batch norms and computes them again."""
+    return any(isinstance(part, ImageEncoder) and part.recompute and _batch_norms(part) for part in module.modules())
+
+
 def _batch_norms(part: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in part.modules() if isinstance(module, nn.BatchNorm2d)]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pairclip_fast.events import EventLog
+from pairclip_fast.models.encoder import recomputes_batch_norm
 from pairclip_fast.train.loop import Trainee
 
 REASON_LENGTH = 300
@@ -31,16 +32,24 @@ def compile_encoder(
 
     Returns:
         `compiled` or `eager`, with the reason.
+
+    Raises:
+        torch.OutOfMemoryError: a step does not fit; that is no fault of the compiler.
     """
     if setting == "off" or (setting == "auto" and not trainee.placement.is_cuda):
         return "eager (--compile off)" if setting == "off" else "eager (compiled on CUDA only)"
     module = trainee.module
     eager = module.encode
+    if recomputes_batch_norm(module.encoder):
+        events.fallback("torch.compile", chosen="eager", reason="batch normalisation whose activations are recomputed cannot be compiled")
+        return "eager (activations are recomputed)"
     try:
         compiled: Callable[[Tensor], Tensor] = torch.compile(module.encoder.forward, dynamic=False)
         module.encode = compiled
         for shape in images:
             warm_up(trainee, images=shape, num_captions=num_captions)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, OSError, ImportError) as error:
         # Whatever is no fault of the compiler comes back in the eager step that follows.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"

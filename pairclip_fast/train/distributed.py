@@ -56,6 +56,12 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def share_buffers(self, module: nn.Module) -> None:
+        """The first process's buffers, everywhere. Data parallelism shares them before a step, and each process moves its own in it."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.world_size > 1:

@@ -119,6 +119,7 @@ class Evaluator:
         assert isinstance(module.loss, ContrastiveLoss)
         training = module.training
         self._loader.set_epoch(0)
+        self._processes.share_buffers(module)
         try:
             return evaluate(
                 UnderAutocast(module.eval()),

@@ -50,6 +50,11 @@ class FiniteGuard:
         self._tripped_at = torch.where(trips, step, self._tripped_at)
         return (bad | (self._tripped_at >= 0)).float()
 
+    @property
+    def tripped(self) -> bool:
+        """Whether some step had a loss or gradient that is not finite; waits for the device."""
+        return int(self._tripped_at) >= 0
+
     def check(self, *, events: EventLog) -> None:
         """Look at the outcome; waits for the device.
 

@@ -22,8 +22,8 @@ exactly 1 but into about [0.7, 1.2], which trains as well and needs fewer iterat
 TINY = 1e-7
 
 
-def orthogonalize(matrix: Float[Tensor, "rows columns"], *, iterations: int) -> Float[Tensor, "rows columns"]:
-    """The matrix with its singular values moved to about 1 by Newton-Schulz iterations.
+def orthogonalize(matrices: Float[Tensor, "*stack rows columns"], *, iterations: int) -> Float[Tensor, "*stack rows columns"]:
+    """Each matrix with its singular values moved to about 1 by Newton-Schulz iterations.
 
     An iteration X -> p(X X') X multiplies from the left by a polynomial of the Gram matrix G = X X', and G goes to p(G) G p(G). So
     the iterations run on Gram matrices, as small as the shorter side, and only the product of their polynomials meets X: half
@@ -31,21 +31,21 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], *, iterations: int) -> 
     directions that are weaker than they are grow twelvefold with each iteration, which after 3 still is nothing.
 
     Args:
-        matrix: Any floating-point matrix; its scale does not matter.
+        matrices: Any floating-point ones; their scale does not matter.
         iterations: Applications of the quintic, 1 or more; 3 suffice for momentum of a batch of hundreds, 5 for noisy gradients.
     """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + TINY)
-    gram, product = x @ x.T, x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + TINY)
+    gram, product = x @ x.mT, x
     for iteration in range(iterations):
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal().add_(a)
+        polynomial = b * gram + c * (gram @ gram)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if iteration == 0 else polynomial @ product
         gram = polynomial @ (gram @ polynomial) if iteration + 1 < iterations else gram
     orthogonal: Tensor = product @ x
-    return orthogonal.T if tall else orthogonal
+    return orthogonal.mT if tall else orthogonal
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -74,34 +74,46 @@ class MuonAdamW(torch.optim.AdamW):
         """One update of every parameter that has a gradient."""
         assert closure is None, "gradients are taken as they are"
         skip: Tensor | None = getattr(self, "found_inf", None)
-        orthogonal = [group for group in self.param_groups if group.get("orthogonal")]
         held: list[tuple[nn.Parameter, Tensor]] = []
-        for group in orthogonal:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, lr=group["lr"], weight_decay=group["weight_decay"], skip=skip)
-                    held.append((parameter, parameter.grad))
+        for group in self.param_groups:
+            if group.get("orthogonal"):
+                trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+                for alike in _by_shape(trained):
+                    self._update(alike, lr=group["lr"], weight_decay=group["weight_decay"], skip=skip)
+                held += [(parameter, parameter.grad) for parameter in trained if parameter.grad is not None]
+                for parameter in trained:
                     parameter.grad = None  # AdamW passes over parameters without a gradient
         super().step()
         for parameter, gradient in held:
             parameter.grad = gradient
 
-    def _update(self, parameter: nn.Parameter, *, lr: float, weight_decay: float, skip: Tensor | None) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        state, rows = self.state[parameter], parameter.shape[0]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"] * self.momentum + gradient
+    def _update(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float, skip: Tensor | None) -> None:
+        """All parameters of one shape at once: on a GPU, starting so many small operations takes longer than their arithmetic."""
+        rows = parameters[0].shape[0]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        kept = [self.state[parameter]["momentum"] for parameter in parameters]
+        before, weights = torch.stack(kept), torch.stack(list(parameters))
+        gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
+        momentum = before * self.momentum + gradient
         nesterov = gradient + self.momentum * momentum
-        update = orthogonalize(nesterov.reshape(rows, -1), iterations=self.iterations).reshape(parameter.shape)
-        if parameter.ndim > 2:
-            updated = parameter * (rows**0.5 / (parameter.norm() + TINY)) - lr * update
+        update = orthogonalize(nesterov.flatten(2), iterations=self.iterations).reshape(weights.shape)
+        if weights.ndim > 3:
+            norms = weights.flatten(1).norm(dim=1).view(-1, *[1] * (weights.ndim - 1))
+            updated = weights * (rows**0.5 / (norms + TINY)) - lr * update
         else:
-            stretch = max(1.0, rows / parameter.shape[1]) ** 0.5
-            updated = parameter * (1.0 - lr * weight_decay) - lr * stretch * update
+            stretch = max(1.0, rows / weights.shape[2]) ** 0.5
+            updated = weights * (1.0 - lr * weight_decay) - lr * stretch * update
         if skip is not None:
-            momentum = torch.where(skip > 0, state["momentum"], momentum)
-            updated = torch.where(skip > 0, parameter, updated)
-        state["momentum"].copy_(momentum)
-        parameter.copy_(updated)
+            momentum = torch.where(skip > 0, before, momentum)
+            updated = torch.where(skip > 0, weights, updated)
+        torch._foreach_copy_(kept, list(momentum))
+        torch._foreach_copy_(parameters, list(updated))
+
+
+def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.shape, []).append(parameter)
+    return list(groups.values())

@@ -24,6 +24,7 @@ from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank
 from pairclip_fast.train.accounting import countable
+from pairclip_fast.train.compiling import warm_up
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
@@ -112,10 +113,10 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     left = pairs - steps_done * config.train.batch_size
     ranked = num_val * (max(config.train.epochs * left / max(pairs, 1), 0.0) + 1)
     counted = countable(parts, trainee, activations=found.activation_bytes(parts.micro_batch))
-    rate = found.pairs_per_second * parts.processes.world_size
     whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     kernels = kernels_of(parts, trainee)
     in_torch = compiled.startswith("compiled")
+    speed = compiled_speed(parts, trainee, flops_per_pair=work.flops_per_pair[-1]) if in_torch else found.pairs_per_second * whole
     blocks, convolutions = blocks_of(parts, trainee, compiled=in_torch), stages_of(parts, trainee, compiled=in_torch)
     return TrainingPlan(
         num_train=parts.num_train,
@@ -127,7 +128,8 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         steps_per_epoch=parts.steps_per_epoch,
         epochs=config.train.epochs,
         total_pflop=work.until(parts.total_steps) / 1e15,
-        eta_s=(work.until(parts.total_steps) - work.until(steps_done)) / (rate * whole) + ranked * FORWARD_SHARE / found.pairs_per_second,
+        eta_s=(work.until(parts.total_steps) - work.until(steps_done)) / (speed * parts.processes.world_size)
+        + ranked * FORWARD_SHARE / found.pairs_per_second,
         memory_gib={item: size / GIB for item, size in counted.items() if size is not None},
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
@@ -198,8 +200,10 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
     """Forward and backward passes of a copy of the model on noise, about `PROBE_SECONDS`; touches neither model nor generators.
 
     Batches double from `PROBE_PAIRS` to `limit`; the best rate counts, since everything else on the machine only slows down.
+    Nothing of it is compiled: that takes longer than the trial for every size of batch.
     """
     module = copy_module(trainee.module).train()
+    module.encode = module.encoder.__call__  # a compiled function would be the original's, and no copy
     placement, device = parts.placement, parts.placement.device
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -223,6 +227,18 @@ def probe(parts: Parts, trainee: Trainee, *, limit: int) -> Probe:
     placement.give_back()
     per_pair = (many - few) / (min(PROBE_PAIRS, limit) - 1) if limit > 1 else many
     return Probe(pairs_per_second=best, activation_bytes_per_pair=per_pair, fixed_activation_bytes=few - per_pair)
+
+
+def compiled_speed(parts: Parts, trainee: Trainee, *, flops_per_pair: float) -> float:
+    """FLOP/s of forward and backward passes of the compiled encoder, in the shape of the last phase, for which it is compiled already."""
+    shape = (parts.micro_batch, *parts.shape_at(parts.phases[-1]))
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        warm_up(trainee, images=shape, num_captions=parts.bank.num_captions)
+        return time.perf_counter() - started
+
+    return parts.micro_batch * flops_per_pair / min(seconds() for _ in range(PROBE_TRIES))
 
 
 def saved_bytes(run: Callable[[], object], *, module: torch.nn.Module) -> int:

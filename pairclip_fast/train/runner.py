@@ -7,6 +7,7 @@ the trainee and in `Progress`; the rest of this file tells and saves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.data.stats import LoaderStats, starvation
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
@@ -104,15 +106,7 @@ class Runner:
         except torch.OutOfMemoryError as error:
             self.trainee.optimizer.zero_grad(set_to_none=True)
             self.save()
-            memory = self.ledgers.memory()
-            peak = memory.get("cuda_peak_gib", memory.get("peak_rss_gib", memory["rss_gib"]))
-            accumulate = 2 * self.parts.config.optimizer.accumulate
-            raise EnvironmentLackingError(
-                "the device ran out of memory",
-                where=f"step {self.progress.step}",
-                got=f"{peak:.1f} GiB at the peak ({error})",
-                fix=f"start again with --batch-size {self.parts.config.train.batch_size // 2}, or optimizer.accumulate = {accumulate}",
-            ) from error
+            raise out_of_memory(error, config=self.parts.config, where=f"step {self.progress.step}") from error
 
     def _after_step(self, batch: Batch, result: StepResult) -> bool:
         """What follows a step: look at the guard, tell, save, stop. True to stop."""
@@ -120,10 +114,12 @@ class Runner:
         self.ledgers.count(len(batch.sample_ids) * self.parts.processes.world_size)
         self._loss_sum += result.loss
         self._loss_count += 1
-        if progress.step % self.parts.placement.guard_steps == 0:
+        ends_epoch = progress.step % self.parts.steps_per_epoch == 0
+        # One of several processes that raised alone would leave the others waiting for it.
+        tells, alone = self.ledgers.due or ends_epoch, self.parts.processes.world_size == 1
+        if progress.step % self.parts.placement.guard_steps == 0 or ends_epoch or (tells and alone):
             self.trainee.guard.check(events=self.events)
-        if self.ledgers.due or progress.step % self.parts.steps_per_epoch == 0:
-            self.trainee.guard.check(events=self.events)
+        if tells:
             self._tell(result)
         if self.signals.take_save():
             self.events.emit("signal", name="SIGUSR1", step=progress.step)
@@ -165,7 +161,8 @@ class Runner:
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self._loss_count = 0
         self.events.emit("step", **fields)
-        self._judge_loader(loaded, seconds=sum(rates.time_s.values()))
+        # What counts is the device's time between two steps: on CUDA the host runs ahead, and waits for batches that nobody misses yet.
+        self._judge_loader(dataclasses.replace(loaded, wait_s=rates.time_s.get("wait", 0.0)), seconds=sum(rates.time_s.values()))
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
@@ -186,7 +183,10 @@ class Runner:
         self.ledgers.lap("checkpoint")
 
     def _save(self) -> None:
-        self.trainee.guard.check(events=self.events)
+        if self.parts.processes.world_size == 1:
+            self.trainee.guard.check(events=self.events)
+        elif self.trainee.guard.tripped:  # told at a step that all processes have in common
+            return
         self._account()
         self._saved_at = time.monotonic()
         if not self.parts.processes.is_first:
@@ -289,6 +289,12 @@ class Runner:
     def _best(self) -> dict[str, Any] | None:
         best = self.progress.best
         return None if best is None else {"step": best.step, "epoch": best.epoch, **best.metrics}
+
+
+def out_of_memory(error: torch.OutOfMemoryError, *, config: RunConfig, where: str) -> EnvironmentLackingError:
+    """Torch's error as one that says what to do."""
+    fix = f"start again with --batch-size {config.train.batch_size // 2}, or optimizer.accumulate = {2 * config.optimizer.accumulate}"
+    return EnvironmentLackingError("the device ran out of memory", where=where, got=error, fix=fix)
 
 
 def result(run: Path, progress: Progress, *, metrics: dict[str, Any] | None, pflop: float | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pairclip_fast.train.planning import TrainingPlan, blocks_of, kernels_of, ma
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.run_folder import Chosen
-from pairclip_fast.train.runner import Runner, result
+from pairclip_fast.train.runner import Runner, out_of_memory, result
 from pairclip_fast.train.setup import Parts, build_trainee, prepare, run_bank, train_loader
 from pairclip_fast.train.state import restore
 
@@ -86,7 +86,10 @@ def train(
         if events is not None:
             log.subscribe(forward_to(events))
         try:
-            runner = set_up(chosen, manifest=manifest, processes=processes, text_encoder=text_encoder, stack=stack, events=log)
+            try:
+                runner = set_up(chosen, manifest=manifest, processes=processes, text_encoder=text_encoder, stack=stack, events=log)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(error, config=chosen.config, where="before the first step") from error
             return runner.finish()
         except PairclipError as error:
             log.emit("note", message=str(error))  # for the report; the command line says it

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import Options
 from tiny_step import CAPTIONS, make_batch, make_trainee, parameters
+from torch import Tensor
 
 from pairclip_fast.events import EventLog
+from pairclip_fast.models.encoder import ImageEncoder
 from pairclip_fast.train import compiling
+from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.loop import train_step
 
 
@@ -70,3 +74,48 @@ def test_a_failure_of_the_model_itself_is_not_blamed_on_the_compiler(monkeypatch
     with pytest.raises(RuntimeError, match="the model is wrong"):
         compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
     assert events.fallbacks == []
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_compiler(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
+    def exhausted(_images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda _function, **_: exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiling.compile_encoder(make_trainee(), setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
+    assert events.fallbacks == []
+
+
+def test_recomputed_batch_norms_are_not_compiled(events: EventLog) -> None:
+    """The second pass through them needs a context that the compiler does not take."""
+
+    class Encoder(ImageEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+    trainee = make_trainee()
+    trainee.module.encoder = Encoder()
+    trainee.module.encoder.recompute = True
+    said = compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
+    assert said == "eager (activations are recomputed)"
+    assert "recomputed" in events.fallbacks[0]["reason"]
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_the_plan_of_a_compiled_run_tries_no_size_that_was_not_compiled(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be one more compilation; and a trial of the original would move its batch statistics."""
+    sizes: list[tuple[int, ...]] = []
+
+    def compiled(function: Any, **_: Any) -> Any:
+        def watched(images: Tensor) -> Tensor:
+            sizes.append(tuple(images.shape))
+            result: Tensor = function(images)
+            return result
+
+        return watched
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    phases = {"train.progressive": [[16, 0.5], [32, 0.5]], "model.architecture": "tile_conv", "model.width": 8}
+    run_train(options(phases | {"train.compile": "on", "train.epochs": 1}))
+    assert set(sizes) == {(16, 3, 16, 32), (16, 3, 32, 64)}

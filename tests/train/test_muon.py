@@ -105,6 +105,28 @@ def test_the_matrix_update_is_what_the_paper_says() -> None:
     assert torch.allclose(parameter, expected, atol=1e-6)
 
 
+def test_parameters_of_one_shape_are_updated_together_as_if_alone() -> None:
+    """Three filters, two of one shape, and two matrices; each has its own norm, gradient and momentum."""
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (6, 5), (8, 4, 3, 3), (4, 4, 3, 3), (6, 5)]
+    starts = [(1 + number) * torch.randn(shape) for number, shape in enumerate(shapes)]
+    together = [nn.Parameter(start.clone(memory_format=torch.preserve_format)) for start in starts]
+    together[0].data = together[0].data.contiguous(memory_format=torch.channels_last)
+    settings = {"weight_decay": 0.2, "lr": 0.1, "orthogonal": True}
+    joint = MuonAdamW([{"params": together, **settings}], momentum=0.5)
+    alone = [nn.Parameter(start.clone()) for start in starts]
+    apart = [MuonAdamW([{"params": [parameter], **settings}], momentum=0.5) for parameter in alone]
+    for _ in range(3):
+        for mine, theirs in zip(together, alone, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        for optimizer in (joint, *apart):
+            optimizer.step()
+    for mine, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert together[0].is_contiguous(memory_format=torch.channels_last), "the layout stays"
+
+
 def test_filters_keep_their_norm_and_ignore_the_gradients_scale() -> None:
     torch.manual_seed(0)
     start, gradient = 7 * torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)

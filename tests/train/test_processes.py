@@ -124,19 +124,46 @@ def test_a_process_killed_without_warning_resumes_to_the_same_end(
         assert mine.read_bytes() == theirs.read_bytes()
 
 
+BUFFERS = """
+import os, sys, torch
+from torch import nn
+from pairclip_fast.train.distributed import join
+processes = join()
+module = nn.BatchNorm2d(3)
+module(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(processes.rank)))
+own = module.running_mean.tolist()
+processes.share_buffers(module)
+print(own != module.running_mean.tolist(), int(module.num_batches_tracked), *module.running_mean.tolist())
+processes.leave()
+"""
+
+
+def test_all_processes_evaluate_the_same_batch_statistics() -> None:
+    """Each moved its own in the last step."""
+    lines = [output.split() for output in in_two_processes("-c", BUFFERS)]
+    assert [line[0] for line in lines] == ["False", "True"], "the first one's are everybody's"
+    assert lines[0][1:] == lines[1][1:]
+
+
+def in_two_processes(*arguments: object) -> list[str]:
+    """What both printed."""
+    port = str(20_000 + os.getpid() % 30_000)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [output for output, _ in outputs]
+
+
 def test_two_processes_are_one(data: Path, tmp_path: Path, write_config: Callable[..., Path], whole: tuple[Path, dict[str, Any]]) -> None:
     """The same losses, the same metrics, one run folder."""
     run, config = tmp_path / "two", write_config(tmp_path)
-    port = str(20_000 + os.getpid() % 30_000)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [start("-c", SCRIPT, data, run, config, -1, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
-    outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = in_two_processes("-c", SCRIPT, data, run, config, -1)
     mine, theirs = losses(run), losses(whole[0])
     assert mine.keys() == theirs.keys()
     assert all(mine[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
     assert mine[1] == pytest.approx(theirs[1], rel=1e-6)
-    first, second = (json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1]) for output, _ in outputs)
+    first, second = (json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1]) for output in outputs)
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert first["num_pairs"] == whole[1]["metrics"]["num_pairs"] == 24
     assert first["loss"] == pytest.approx(whole[1]["metrics"]["loss"], rel=1e-3)

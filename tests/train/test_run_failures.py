@@ -15,8 +15,9 @@ from tiny_runs import STEPS, Options, at_step, hurry, losses, terminate, weights
 from pairclip_fast.errors import CheckpointError, EnvironmentLackingError, NumericsError, StorageError
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FileSystem
-from pairclip_fast.train import checkpoint, loop
+from pairclip_fast.train import checkpoint, device, loop, planning
 from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.runner import Runner
 from pairclip_fast.train.signals import TerminatedRunError
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -108,6 +109,56 @@ def test_out_of_memory_saves_and_says_what_may_fit(
     run_train(options(resume=True))
     assert losses(tmp_path / "run") == losses(whole[0])
     assert weights(tmp_path / "run") == weights(whole[0])
+
+
+def test_out_of_memory_before_the_first_step_says_the_same(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_arguments: Any, **_named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(planning, "probe", exhausted)
+    with pytest.raises(EnvironmentLackingError, match="(?s)before the first step.*--batch-size 8"):
+        run_train(options())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_of_several_processes_does_not_leave_alone(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """Whose clock says that it is time to tell or to save looks at the numbers alone; the others would wait for it for ever.
+
+    Steps that all have in common are every fourth here (the end of an epoch). One process is told that it is one of two.
+    """
+    step, looked = loop.train_step, []
+
+    def poisoned_step(trainee: Any, batch: Any, **named: Any) -> Any:
+        trainee.processes = dataclasses.replace(trainee.processes, world_size=1)
+        if named["step"] == 5:
+            batch = dataclasses.replace(batch, images=batch.images * float("nan"))
+        return step(trainee, batch, **named)
+
+    monkeypatch.setattr(loop, "train_step", poisoned_step)
+    monkeypatch.setattr(device.Placement, "guard_steps", 1_000)
+    after_step = Runner._after_step
+
+    def watched(self: Runner, *arguments: Any) -> bool:
+        looked.append(self.progress.step)
+        alone = self.parts.processes
+        pretended = dataclasses.replace(self.parts, processes=dataclasses.replace(alone, world_size=world_size))
+        monkeypatch.setattr(type(alone), "agree", lambda _self, value: value)
+        self.parts = pretended
+        try:
+            if self.progress.step == 7:
+                self.save()
+            return after_step(self, *arguments)
+        finally:
+            self.parts = dataclasses.replace(pretended, processes=alone)
+
+    monkeypatch.setattr(Runner, "_after_step", watched)
+    with pytest.raises(NumericsError, match="step 5"):
+        run_train(options())
+    assert looked[-1] == (6 if world_size == 1 else 8)
+    checkpoints = [event["step"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "checkpoint"]
+    assert checkpoints == [4], "nothing is saved after the bad step"
 
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, when: Callable[[Path], bool]) -> None:
