@@ -54,7 +54,7 @@ def _float32_products() -> Callable[[], None]:
     try:
         return functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     except RuntimeError:
-        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         return functools.partial(_set_switches, {switch: switch.fp32_precision for switch in switches})
 
 

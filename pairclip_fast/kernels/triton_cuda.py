@@ -115,7 +115,7 @@ def widened(emb: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     if not _fits(bank, width):
         if bank.is_inference():  # nobody would notice a change of it
             return emb, _with_zeros(bank, width)
-        version, wide = _widened_banks.get(bank, (None, bank))
+        version, wide = _widened_banks.get(bank, (None, bank))  # type: ignore[no-untyped-call]
         if version != bank._version:
             wide = _with_zeros(bank, width)
             _widened_banks[bank] = (bank._version, wide)

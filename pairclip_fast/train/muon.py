@@ -109,7 +109,7 @@ class MuonAdamW(torch.optim.AdamW):
             momentum = torch.where(skip > 0, before, momentum)
             updated = torch.where(skip > 0, weights, updated)
         torch._foreach_copy_(kept, list(momentum))
-        torch._foreach_copy_(parameters, list(updated))
+        torch._foreach_copy_([*parameters], list(updated))
 
 
 def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -181,9 +181,10 @@ def test_the_wider_copy_goes_with_its_bank() -> None:
         assert triton_cuda.widened(torch.randn(3, 40), torch.randn(7, 40))[1].shape == (7, 64)
 
 
-@pytest.mark.parametrize(
-    "bank", [torch.ones(64, 3).T, torch.ones(3 * 64 + 1)[1:].view(3, 64), torch.ones(1, 66).expand(3, 66)[:, 2:]], ids=["apart", "odd", "same"]
-)
+LAYOUTS = {"apart": torch.ones(64, 3).T, "odd": torch.ones(3 * 64 + 1)[1:].view(3, 64), "same": torch.ones(1, 66).expand(3, 66)[:, 2:]}
+
+
+@pytest.mark.parametrize("bank", LAYOUTS.values(), ids=LAYOUTS)
 def test_rows_in_another_layout_are_copied(bank: Tensor) -> None:
     wide = triton_cuda.widened(torch.ones(2, 64), bank)[1]
     assert torch.equal(wide, bank)

@@ -116,7 +116,7 @@ def test_out_of_memory_before_the_first_step_says_the_same(options: Options, mon
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(planning, "probe", exhausted)
-    with pytest.raises(EnvironmentLackingError, match="(?s)before the first step.*--batch-size 8"):
+    with pytest.raises(EnvironmentLackingError, match=r"(?s)before the first step.*--batch-size 8"):
         run_train(options())
 
 
