@@ -162,7 +162,14 @@ void bind(nb::module_& module) {
       },
       "Instruction sets that a Filler can have on this machine, slowest first.");
   nb::class_<MappedRecords>(module, "Records")
-      .def("__init__", &map_records, "shards"_a, "starts"_a, "offsets"_a, "sizes"_a, "checksums"_a);
+      .def("__init__", &map_records, "shards"_a, "starts"_a, "offsets"_a, "sizes"_a, "checksums"_a)
+      .def(
+          "damaged",
+          [](const MappedRecords& mapped, const Numbers& ids) {
+            const nb::gil_scoped_release release;
+            return mapped.records.damaged(view(ids));
+          },
+          "ids"_a);
   nb::class_<PyFiller>(module, "Filler")
       .def("__init__", &new_filler, nb::kw_only(), "height"_a, "width"_a, "tiles"_a, "mean"_a, "std"_a, "border"_a, "bf16"_a,
            "threads"_a, "isa"_a = "")

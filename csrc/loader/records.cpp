@@ -28,4 +28,13 @@ Records::Records(std::vector<std::span<const std::uint8_t>> shards, std::span<co
 
 bool Records::intact(std::int64_t id) const { return crc32(records_[id].data(), records_[id].size()) == checksums_[id]; }
 
+std::vector<std::int64_t> Records::damaged(std::span<const std::int64_t> ids) const {
+  std::vector<std::int64_t> found;
+  for (const std::int64_t id : ids) {
+    if (id < 0 || id >= size()) throw std::invalid_argument("there is no such record");
+    if (!intact(id)) found.push_back(id);
+  }
+  return found;
+}
+
 }  // namespace pairclip::loader

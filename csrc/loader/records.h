@@ -21,6 +21,9 @@ class Records {
   // Whether the bytes are those that the index was made from.
   bool intact(std::int64_t id) const;
 
+  // Those of `ids` that are not intact, in their order. Throws std::invalid_argument if there is no such record.
+  std::vector<std::int64_t> damaged(std::span<const std::int64_t> ids) const;
+
  private:
   std::vector<std::span<const std::uint8_t>> records_;
   std::vector<std::uint32_t> checksums_;

@@ -79,7 +79,7 @@ def make_loader(
             shuffle=shuffle,
             drop_last=drop_last,
         )
-        executor = _make_executor(name, reader, plan=plan, augment=augment, device=device, events=events)
+        executor = _make_executor(name, reader, plan=plan, must=backend == name, augment=augment, device=device, events=events)
         bad_records = BadRecords(reader, policy=on_bad_record, events=events)
         return PlannedLoader(executor, reader=reader, plan=plan, augment=augment, device=device, bad_records=bad_records)
     except BaseException:
@@ -124,8 +124,9 @@ def dali_installed() -> bool:
 
 
 def _make_executor(
-    name: str, reader: ShardReader, *, plan: Plan, augment: AugmentConfig | None, device: torch.device, events: EventLog
+    name: str, reader: ShardReader, *, plan: Plan, must: bool, augment: AugmentConfig | None, device: torch.device, events: EventLog
 ) -> Executor:
+    """`must`: it was asked for by name, so that what is wrong with it is an error."""
     num_threads = usable_threads(world_size=plan.world_size, most=MAX_THREADS)
     if name == "native":
         return _make_native(reader, augment=augment, device=device, num_threads=num_threads, events=events)
@@ -137,9 +138,34 @@ def _make_executor(
         from pairclip_fast.data.backends.reference import ReferenceExecutor
 
         return ReferenceExecutor(reader, augment=augment, device=device, events=events)
-    from pairclip_fast.data.backends.dali import DaliExecutor
+    if must:
+        from pairclip_fast.data.backends.dali import DaliExecutor
 
-    return DaliExecutor(reader, augment=augment, batch_size=plan.local_batch_size, device=device, num_threads=num_threads)
+        return DaliExecutor(reader, augment=augment, batch_size=plan.local_batch_size, device=device, num_threads=num_threads)
+    return dali_or_resident(
+        reader, augment=augment, batch_size=plan.local_batch_size, device=device, num_threads=num_threads, events=events
+    )
+
+
+def dali_or_resident(
+    reader: ShardReader, *, augment: AugmentConfig | None, batch_size: int, device: torch.device, num_threads: int, events: EventLog
+) -> Executor:
+    """DALI if it runs on this GPU and makes the pictures that torch makes, else the split in GPU memory."""
+    from pairclip_fast.data.backends.resident import resident_executor
+    from pairclip_fast.data.backends.selfcheck import REASON_LENGTH
+
+    try:
+        from pairclip_fast.data.backends.dali import DaliExecutor
+
+        executor = DaliExecutor(reader, augment=augment, batch_size=batch_size, device=device, num_threads=num_threads)
+        reason = executor.why_not(augment=augment)
+        if reason is None:
+            return executor
+        executor.close()
+    except Exception as error:  # noqa: BLE001 - a library that does not load, a driver, a GPU that it was not compiled for
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+    events.fallback("DALI loader", chosen="the split in GPU memory", reason=reason)
+    return resident_executor(reader, augment=augment, device=device, events=events)
 
 
 def _make_native(

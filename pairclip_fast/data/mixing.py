@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -72,15 +72,15 @@ def symmetric_beta(u: NDArray[np.float64], v: NDArray[np.float64], *, alpha: flo
 def blend(
     images: Float32[Tensor, "batch 3 height stacked_width"],
     partners: Float32[Tensor, "batch 3 height stacked_width"],
-    mixture: Mixture,
+    weight: Float32[Tensor, " batch"],
+    box: Int64[Tensor, "batch 4"],
     *,
     mix: str,
     tiles: int,
 ) -> Float32[Tensor, "batch 3 height stacked_width"]:
-    """`images` mixed with `partners` by `mix` (mixup or cutmix), in place."""
+    """`images` mixed with `partners` by `mix` (mixup or cutmix), in place; weight and box as in `Mixture`, on the device of the images."""
     if mix == "mixup":
-        weight = torch.from_numpy(1.0 - mixture.weight).to(images.device, non_blocking=True)
-        return images.lerp_(partners, weight[:, None, None, None])
-    x0, x1, y0, y1 = torch.from_numpy(mixture.box).to(images.device, non_blocking=True)[:, None].expand(-1, tiles, -1).unbind(2)
+        return images.lerp_(partners, (1.0 - weight)[:, None, None, None])
+    x0, x1, y0, y1 = box[:, None].expand(-1, tiles, -1).unbind(2)
     inside = box_mask(x0, x1, y0, y1, height=images.shape[2], width=images.shape[3] // tiles)
     return torch.where(inside, partners, images, out=images)

@@ -30,6 +30,7 @@ from pairclip_fast.data.prefetch import Prefetcher
 from pairclip_fast.data.recipe import Recipe
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.data.stats import LoaderStats
+from pairclip_fast.data.upload import Uploads
 from pairclip_fast.errors import DataError
 
 Ints = NDArray[np.int64]
@@ -54,7 +55,7 @@ class PlannedLoader:
         self.backend = executor.name
         self._executor, self._reader, self._plan, self._augment, self._device = executor, reader, plan, augment, device
         self._fill_drawn = executor.fill_drawn if isinstance(executor, DrawingExecutor) else None  # asked once: it takes 50 us
-        self._bad_records = bad_records
+        self._uploads, self._bad_records = Uploads(device), bad_records
         self._recipe = Recipe.of(reader.manifest, bad_records.caption_ids, plan=plan, augment=augment)
         self._epoch, self._cursor = 0, 0
         self._prefetcher: Prefetcher[Batch] | None = None
@@ -139,6 +140,8 @@ class PlannedLoader:
 
     def _batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """Runs in the thread of the prefetcher."""
+        if self._device.type == "cuda":  # each thread has its own current device, at first the first
+            torch.cuda.set_device(self._device)
         stats, executor = self.stats, self._executor
         cpu_before = time.thread_time() + executor.helper_cpu_s
         for _ in range(self._plan.steps_from(cursor)):
@@ -169,7 +172,7 @@ class PlannedLoader:
         columns["valid"] = valid & ~skipped
         if skipped.any():
             images[torch.from_numpy(skipped).to(images.device)] = 0.0
-        tensors = {name: self._to_device(column) for name, column in columns.items()}
+        tensors = {name: self._uploads(torch.from_numpy(column)) for name, column in columns.items()}
         return Batch(images=images, epoch=epoch, step=cursor // self._plan.batch_size, **tensors)
 
     def _fill(self, draw: Draw) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -191,15 +194,10 @@ class PlannedLoader:
         if len(mixed):
             others, partner_skipped = self._fill(partners.rows(mixed))
             skipped[mixed] |= partner_skipped
-            chosen = torch.from_numpy(mixed).to(images.device)
+            told = mixture.rows(mixed)
+            chosen, weight, box = (self._uploads(torch.from_numpy(values)) for values in (mixed, told.weight, told.box))
             part = images if len(mixed) == len(images) else images[chosen]
-            part = blend(part, others, mixture.rows(mixed), mix=recipe.augment.mix, tiles=partners.sources.shape[1])
+            part = blend(part, others, weight, box, mix=recipe.augment.mix, tiles=partners.sources.shape[1])
             if part is not images:
                 images[chosen] = part
         return {"partner_caption_ids": caption_ids, "mix_weight": mixture.weight}
-
-    def _to_device(self, column: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(column)
-        if self._device.type == "cuda":  # pinned, or each copy would wait for the training step
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor

@@ -154,4 +154,12 @@ def supports_fused_adam(parameter: Tensor) -> bool:
 
 
 def _cuda_lack() -> str:
-    return "no CUDA device found" if torch.version.cuda else "this torch was built without CUDA"
+    """Why there is no CUDA device, in torch's words if it has some: a driver that is too old is no missing GPU."""
+    if not torch.version.cuda:
+        return "this torch was built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0].strip()
+        return "no CUDA device found" if "no NVIDIA driver" in reason else reason
+    return "no CUDA device found"

@@ -275,6 +275,7 @@ def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Pa
     the same.
     """
     placement = choose_device(config.train.device, events=events)
+    placement.configure()
     precision = choose_precision(placement.device, amp=config.train.amp, events=events)
     paths = [path for path in (run / BANK, data / BANK) if path.is_file()]
     bank = CaptionBank.load(paths[0]) if paths else _noise_bank(config, manifest)

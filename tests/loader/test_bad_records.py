@@ -228,3 +228,29 @@ def test_unusual_pictures_are_what_pillow_says(
     assert batch.valid.all()
     wanted = torch.from_numpy(np.asarray(Image.open(io.BytesIO(record))).astype(np.float32)).permute(2, 0, 1)
     assert ((batch.images[row] * STD + MEAN) - wanted).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "Python"])
+def test_records_are_checked_alike_with_and_without_the_extension(
+    native: bool, encoding: str, damaged: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first bad one is named; the others pass, as often as they are asked for."""
+    with ShardReader(damaged(BAD, 25, encoding=encoding), "train") as reader:
+        if not native:
+            monkeypatch.setattr(ShardReader, "native_records", None)
+        good = np.array([29, 0, 16, 18, 0])
+        reader.check(good)
+        reader.check(good)
+        with pytest.raises(BadRecordError, match=f"{BAD:09d}") as caught:
+            reader.check(np.array([25, 3, BAD]))
+        assert caught.value.sample_id == BAD
+
+
+def test_a_record_that_does_not_exist_is_refused_by_the_extension(damaged: Damage) -> None:
+    with ShardReader(damaged(), "train") as reader:
+        if reader.native_records is None:
+            pytest.skip("no C++ extension")
+        for wrong in (-1, 30):
+            with pytest.raises(ValueError, match="no such record"):
+                reader.native_records.damaged(np.array([0, wrong]))

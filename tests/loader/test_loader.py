@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from test_augment import WRONG, WRONG_BORDERS
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import loader as loader_module
 from pairclip_fast.data.augment import Border
+from pairclip_fast.data.backends.pictures import usable_threads
 from pairclip_fast.data.loader import Loader, choose_backend
 from pairclip_fast.data.parameters import own_tiles, parameter_table, parameter_table_in_numpy
 from pairclip_fast.data.plan import Plan
@@ -171,6 +173,16 @@ def test_the_number_of_threads_changes_nothing(encoding: str, backend: str, open
         torch.set_num_threads(threads)
         streams.append(by_id(open_loader(backend, encoding=encoding)))
     assert all(torch.equal(picture, streams[1][sample_id]) for sample_id, picture in streams[0].items())
+
+
+def test_processes_share_the_cores_of_their_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines with eight processes each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert usable_threads(world_size=16, most=32) == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert usable_threads(world_size=16, most=32) == 8
+    assert usable_threads(world_size=16, most=6) == 6
 
 
 @pytest.mark.parametrize(("tiles", "height", "width"), [(1, 32, 32), (4, 24, 16)])

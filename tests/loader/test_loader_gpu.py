@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.backends import dali
 from pairclip_fast.data.loader import make_loader
 from pairclip_fast.events import EventLog
 
@@ -21,13 +22,18 @@ AUGMENTS = {
     "mirrored, cut, paired anew": dataclasses.replace(FULL, border="reflect", cutout_size=8, pairing="resampled", swap_probability=0.5),
     "mixed": dataclasses.replace(FULL, mix="cutmix", mix_probability=0.5, alternating_flip=True),
 }
-TOLERANCES = {"reference": 0.02, "dali": 0.25}
-"""In units of the 0..255 scale (design, section 3.4)."""
+BACKENDS = {"reference": "resident", "dali": "dali", "native": "native"}
+"""What they are called on a GPU."""
+
+
+def tolerance(backend: str, encoding: str) -> float:
+    """In units of the 0..255 scale (design, section 3.4)."""
+    return dali.TOLERANCE[encoding] if backend == "dali" else 0.02
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", TOLERANCES)
-@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_gpu_stream_equals_the_cpu_reference(augment: str, encoding: str, backend: str, folders: dict[str, Path], events: EventLog) -> None:
     loaders = [
@@ -44,7 +50,7 @@ def test_gpu_stream_equals_the_cpu_reference(augment: str, encoding: str, backen
         )
         for name, device in (("reference", "cpu"), (backend, "cuda"))
     ]
-    assert [loader.backend for loader in loaders] == ["reference", {"reference": "resident"}.get(backend, backend)]
+    assert [loader.backend for loader in loaders] == ["reference", BACKENDS[backend]]
     assert events.fallbacks == []
     for _ in range(2):
         for cpu, gpu in zip(*loaders, strict=True):
@@ -55,6 +61,21 @@ def test_gpu_stream_equals_the_cpu_reference(augment: str, encoding: str, backen
             if cpu.mix_weight is not None:
                 assert gpu.mix_weight is not None
                 assert torch.equal(cpu.mix_weight, gpu.mix_weight.cpu())
-            assert ((cpu.images - gpu.images.cpu()).abs() * STD).max() < TOLERANCES[backend]
+            assert ((cpu.images - gpu.images.cpu()).abs() * STD).max() < tolerance(backend, encoding)
     for loader in loaders:
         loader.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_a_loader_of_the_second_gpu_leaves_the_first_alone(backend: str, folders: dict[str, Path], events: EventLog) -> None:
+    """Its thread starts on the first one, as every thread does."""
+    torch.cuda.set_device(1)
+    free = torch.cuda.mem_get_info(0)[0]
+    settings = {"split": "train", "batch_size": 16, "augment": FULL, "seed": 5, "events": events, "backend": backend}
+    loader = make_loader(folders["raw"], device=torch.device("cuda", 1), **settings)  # type: ignore[arg-type]
+    assert {batch.images.device for batch in loader} == {torch.device("cuda", 1)}
+    loader.close()
+    assert torch.cuda.mem_get_info(0)[0] >= free - 2**20
+    torch.cuda.set_device(0)

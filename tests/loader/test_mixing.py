@@ -92,7 +92,8 @@ def test_blend_equals_the_oracle(mix: str, tiles: int) -> None:
     own, other = np.random.default_rng(0).normal(size=(2, 9, 3, 24, 40 * tiles)).astype(np.float32)
     mixture = draw(np.arange(9), mix=mix)
     images = torch.from_numpy(own.copy())
-    result = blend(images, torch.from_numpy(other), mixture, mix=mix, tiles=tiles)
+    weight, box = torch.from_numpy(mixture.weight), torch.from_numpy(mixture.box)
+    result = blend(images, torch.from_numpy(other), weight, box, mix=mix, tiles=tiles)
     assert result.data_ptr() == images.data_ptr()
     assert abs(result.numpy() - oracle(own, other, mixture, mix=mix, tiles=tiles)).max() < 1e-6
     errors = ["weights exchanged"] if mix == "mixup" else ["rows for columns"] + ["first tile only"] * (tiles > 1)

@@ -68,6 +68,28 @@ def test_the_device_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch, eve
         choose_device("cuda", events=events)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Found no NVIDIA driver on your system. Please check that"), "no CUDA device found"),
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update"), "too old (found version 11040)"),
+        (None, "no CUDA device found"),
+    ],
+    ids=["none", "old driver", "no words"],
+)
+def test_why_there_is_no_gpu_is_said_in_torchs_words(
+    error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch, events: EventLog
+) -> None:
+    def init() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    choose_device("auto", events=events)
+    assert reason in events.fallbacks[0]["reason"]
+
+
 def test_one_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     from pairclip_fast.errors import ConfigError
 

@@ -20,12 +20,17 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.backends.dali_graph import Feed, GraphSpec, make_pipeline, parameter_feed
 from pairclip_fast.data.backends.raw_tiles import RawTiles
+from pairclip_fast.data.backends.selfcheck import why_not
+from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import EnvironmentLackingError
 
-NO_GPU_MESSAGES = ("CUDA-capable GPU", "CUDA is not available")
+NO_GPU_MESSAGES = ("CUDA-capable GPU", "CUDA is not available", "driver is not installed or its version is insufficient")
+TOLERANCE = {"raw": 0.25, "png": 0.25, "jpeg": 16.0}
+"""Largest difference to torch in units of the 0..255 scale; decoders of JPEG on a GPU round differently, which colours amplify."""
 
 
 class DaliExecutor:
@@ -65,6 +70,20 @@ class DaliExecutor:
             raise
         return images if self._stream is None else self._owned_by_torch(images, self._stream)
 
+    def why_not(self, *, augment: AugmentConfig | None) -> str | None:
+        """Why it cannot be used here; None if it makes the pictures that torch makes on the CPU."""
+        reader, samples = self._reader, self._settings["batch_size"]
+        spec, border = self._spec, self._spec.augment.border
+
+        def plain(draw: Draw) -> Tensor:
+            tiles = torch.from_numpy(reader.tiles(0)).permute(0, 3, 1, 2)[torch.from_numpy(draw.sources)]
+            return augment_tiles(tiles, torch.from_numpy(draw.table()), border=border, mean=spec.mean, std=spec.std)
+
+        def ours(draw: Draw) -> Tensor:
+            return self.fill(draw.sources, draw.table())
+
+        return why_not(ours, like=plain, reader=reader, augment=augment, tolerance=TOLERANCE[spec.encoding], samples=samples)
+
     def close(self) -> None:
         self._pipeline = None
         if self._raw is not None:
@@ -76,7 +95,7 @@ class DaliExecutor:
             pipeline.build()
         except RuntimeError as error:
             if any(message in str(error) for message in NO_GPU_MESSAGES):
-                fix = "use --device cpu, or install a CUDA driver"
+                fix = "use --loader reference or native, or install a CUDA driver that DALI can use"
                 raise EnvironmentLackingError("DALI finds no GPU", where="--loader dali", got=error, fix=fix) from error
             raise
         return pipeline

@@ -16,6 +16,7 @@ from pairclip_fast.data.augment import augment_tiles
 from pairclip_fast.data.backends.pictures import PictureStore
 from pairclip_fast.data.backends.raw_tiles import RawTiles
 from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.data.upload import Uploads
 
 
 class MappedExecutor:
@@ -25,7 +26,7 @@ class MappedExecutor:
     helper_cpu_s = 0.0
 
     def __init__(self, reader: ShardReader, *, augment: AugmentConfig | None, device: torch.device, num_threads: int) -> None:
-        self._reader, self._device = reader, device
+        self._reader, self._uploads = reader, Uploads(device)
         self._border = (augment or AugmentConfig()).border
         self._raw_bytes_read = 0
         self._raw = RawTiles(reader)
@@ -38,7 +39,7 @@ class MappedExecutor:
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
     ) -> Float32[Tensor, "batch 3 height width"]:
-        tiles = torch.from_numpy(self._tiles(sources)).permute(0, 1, 4, 2, 3).contiguous().to(self._device)
+        tiles = self._uploads(torch.from_numpy(self._tiles(sources)).permute(0, 1, 4, 2, 3).contiguous())
         manifest = self._reader.manifest
         return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=manifest.mean, std=manifest.std)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.backends.pictures import PictureStore
 from pairclip_fast.data.shards import ShardReader
+from pairclip_fast.data.upload import Uploads
 from pairclip_fast.errors import DataError, EnvironmentLackingError
 from pairclip_fast.native import native
 
@@ -49,9 +50,9 @@ class NativeExecutor:
         if module is None:
             raise EnvironmentLackingError("the C++ extension is not there", where="--loader native", got=native().reason)
         self.helper_cpu_s = 0.0
-        self._reader, self._device, self._dtype = reader, device, dtype
-        manifest, records = reader.manifest, reader.records
-        self._records: Any = module.Records(reader.shard_bytes(), reader.shard_starts, records.offsets, records.sizes, records.checksums)
+        self._reader, self._device, self._dtype, self._uploads = reader, device, dtype, Uploads(device)
+        self._records: Any = reader.native_records
+        manifest = reader.manifest
         self._filler = module.Filler(
             height=manifest.tile_height,
             width=manifest.tile_width,
@@ -92,7 +93,7 @@ class NativeExecutor:
         if damaged:
             self._reader.tiles(damaged[0])  # raises, and says what is wrong with it
             raise DataError("a record cannot be read twice alike", where=self._reader.location(damaged[0]))
-        return images if self._device.type == "cpu" else images.to(self._device, non_blocking=True)
+        return self._uploads(images)
 
     def close(self) -> None:
         self._records = None

@@ -88,5 +88,6 @@ class PictureStore:
 
 
 def usable_threads(*, world_size: int, most: int) -> int:
-    """Threads for a loader of one of `world_size` processes on this machine."""
-    return min(most, max(1, len(os.sched_getaffinity(0)) // world_size))
+    """Threads for a loader of one of `world_size` processes, of which torchrun says how many are on this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return min(most, max(1, len(os.sched_getaffinity(0)) // here))

@@ -8,6 +8,7 @@ compiled in. The parameters equal those of NumPy bit for bit, since they are 24-
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, no_type_check
 
 import torch
@@ -214,7 +215,8 @@ def augment_resident(
     if batch:
         constants = compile_time(augment, partner=partner, tiles=count, height=height, width=width)
         grid = (batch * count, triton.cdiv(height * width, BLOCK))
-        augment_kernel[grid](tiles, sources, ids, images, epoch, seed, *mean, *std, **constants, num_warps=WARPS)
+        with torch.cuda.device(tiles.device) if tiles.is_cuda else contextlib.nullcontext():  # Triton starts where the thread is
+            augment_kernel[grid](tiles, sources, ids, images, epoch, seed, *mean, *std, **constants, num_warps=WARPS)
     return images
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from augment_oracle import MEAN, STD, oracle
 
 from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.backends import resident, triton_tiles
+from pairclip_fast.data.backends import resident, selfcheck, triton_tiles
 from pairclip_fast.data.backends.reference import ReferenceExecutor
 from pairclip_fast.data.bad_records import BadRecords
 from pairclip_fast.data.loader import PlannedLoader
@@ -131,8 +131,8 @@ MIXED = AugmentConfig(
 @pytest.fixture
 def folder(make_folder: Callable[..., Path], pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Few and small pictures, and a short self-check: the interpreter takes long."""
-    monkeypatch.setattr(resident, "CHECK_SAMPLES", 4)
-    monkeypatch.setattr(resident, "CHECK_EPOCHS", (3,))
+    monkeypatch.setattr(selfcheck, "SAMPLES", 4)
+    monkeypatch.setattr(selfcheck, "EPOCHS", (3,))
     return make_folder(pixels[:7, :, 8:20, 8:20])
 
 

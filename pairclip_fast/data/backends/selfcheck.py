@@ -1,0 +1,51 @@
+"""Whether a backend that nobody could run on the GPU it now meets makes the pictures that torch makes.
+
+A few pictures, made once when the loader is opened: an error or another picture costs one event with the reason, not the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pairclip_fast.config import AugmentConfig
+from pairclip_fast.data.parameters import Draw, own_tiles
+from pairclip_fast.data.shards import BadRecordError, ShardReader
+
+SAMPLES = 16
+EPOCHS = (0, 3)
+REASON_LENGTH = 300
+Fill = Callable[[Draw], Tensor]
+
+
+def why_not(fill: Fill, *, like: Fill, reader: ShardReader, augment: AugmentConfig | None, tolerance: float, samples: int) -> str | None:
+    """Why `fill` cannot be used; None if it makes the pictures that `like` makes.
+
+    Args:
+        fill: From a draw to normalised pictures; any exception is a reason.
+        like: What they should be.
+        reader: The split; of its first sample, with the parameters of others.
+        augment: Ranges of the augmentation.
+        tolerance: In units of the 0..255 scale.
+        samples: At most so many at a time.
+    """
+    tiles, height, width, _ = reader.tile_shape
+    count = min(SAMPLES, samples)
+    sources = own_tiles(np.zeros(count, dtype=np.int64), tiles=tiles)
+    if augment is not None and (augment.pairing == "resampled" or augment.swap_probability):  # else no tile ever changes its place
+        sources = sources[:, ::-1].copy()
+    std = torch.tensor(reader.manifest.std).view(3, 1, 1)
+    try:
+        for epoch in EPOCHS:
+            draw = Draw(ids=np.arange(count), sources=sources, tile_size=(height, width), seed=epoch << 40, epoch=epoch, augment=augment)
+            worst = float(((fill(draw).cpu() - like(draw).cpu()) * std).abs().max())
+            if not worst <= tolerance:  # NaN is not
+                return f"it makes other pictures than torch ({worst:.3g} of 255 apart)"
+    except BadRecordError:  # no fault of theirs; told when the sample is asked for
+        return None
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise anything; what is no fault of theirs comes back in torch
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+    return None
