@@ -37,7 +37,7 @@ def orthogonalize(matrices: Float[Tensor, "*stack rows columns"], *, iterations:
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + TINY)
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + TINY)
     gram, product = x @ x.mT, x
     for iteration in range(iterations):
         polynomial = b * gram + c * (gram @ gram)
@@ -78,7 +78,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group.get("orthogonal"):
                 trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-                for alike in _by_shape(trained):
+                for alike in _together(trained):
                     self._update(alike, lr=group["lr"], weight_decay=group["weight_decay"], skip=skip)
                 held += [(parameter, parameter.grad) for parameter in trained if parameter.grad is not None]
                 for parameter in trained:
@@ -88,19 +88,20 @@ class MuonAdamW(torch.optim.AdamW):
             parameter.grad = gradient
 
     def _update(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float, skip: Tensor | None) -> None:
-        """All parameters of one shape at once: on a GPU, starting so many small operations takes longer than their arithmetic."""
+        """Parameters of one shape."""
         rows = parameters[0].shape[0]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         kept = [self.state[parameter]["momentum"] for parameter in parameters]
-        before, weights = torch.stack(kept), torch.stack(list(parameters))
-        gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
+        before, weights = _stacked(kept), _stacked([*parameters])
+        gradient = _stacked([parameter.grad for parameter in parameters if parameter.grad is not None])
         momentum = before * self.momentum + gradient
         nesterov = gradient + self.momentum * momentum
-        update = orthogonalize(nesterov.flatten(2), iterations=self.iterations).reshape(weights.shape)
+        matrices = nesterov.flatten(2) if len(parameters) > 1 else nesterov[0].flatten(1)
+        update = orthogonalize(matrices, iterations=self.iterations).reshape(weights.shape)
         if weights.ndim > 3:
-            norms = weights.flatten(1).norm(dim=1).view(-1, *[1] * (weights.ndim - 1))
+            norms = torch.linalg.vector_norm(weights, dim=tuple(range(1, weights.ndim)), keepdim=True)
             updated = weights * (rows**0.5 / (norms + TINY)) - lr * update
         else:
             stretch = max(1.0, rows / weights.shape[2]) ** 0.5
@@ -112,7 +113,15 @@ class MuonAdamW(torch.optim.AdamW):
         torch._foreach_copy_([*parameters], list(updated))
 
 
-def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those of one shape at once on a GPU, where starting so many small operations takes longer than their arithmetic. On a CPU each
+    for itself: batches of products are slower there than single ones, 1.6 times for the filters of `fast`."""
+    if not parameters or not parameters[0].is_cuda:
+        return [[parameter] for parameter in parameters]
     groups: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.shape, []).append(parameter)

@@ -13,6 +13,7 @@ from torch import nn
 from pairclip_fast.config import LossConfig, ModelConfig, OptimizerConfig, TileConvConfig, TileViTConfig, ViTConfig
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models.build import build_model
+from pairclip_fast.train import muon
 from pairclip_fast.train.loop import LossModule
 from pairclip_fast.train.muon import NEWTON_SCHULZ, MuonAdamW, orthogonalize
 from pairclip_fast.train.optimizer import build_optimizer, parameter_groups
@@ -105,8 +106,9 @@ def test_the_matrix_update_is_what_the_paper_says() -> None:
     assert torch.allclose(parameter, expected, atol=1e-6)
 
 
-def test_parameters_of_one_shape_are_updated_together_as_if_alone() -> None:
-    """Three filters, two of one shape, and two matrices; each has its own norm, gradient and momentum."""
+def test_parameters_of_one_shape_are_updated_together_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Three filters, two of one shape, and two matrices; each has its own norm, gradient and momentum."""
+    alone_on_a_cpu = muon._together
     torch.manual_seed(0)
     shapes = [(8, 4, 3, 3), (6, 5), (8, 4, 3, 3), (4, 4, 3, 3), (6, 5)]
     starts = [(1 + number) * torch.randn(shape) for number, shape in enumerate(shapes)]
@@ -120,7 +122,10 @@ def test_parameters_of_one_shape_are_updated_together_as_if_alone() -> None:
         for mine, theirs in zip(together, alone, strict=True):
             mine.grad = torch.randn_like(mine)
             theirs.grad = mine.grad.clone()
-        for optimizer in (joint, *apart):
+        monkeypatch.setattr(muon, "_together", lambda parameters: [[p for p in parameters if p.shape == shape] for shape in set(shapes)])
+        joint.step()
+        monkeypatch.setattr(muon, "_together", alone_on_a_cpu)
+        for optimizer in apart:
             optimizer.step()
     for mine, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
