@@ -111,7 +111,8 @@ def say_plan(rows: list[Row], *, full: bool, cuda: bool, events: EventLog) -> No
     else:
         each = row_seconds(left_s=TOTAL_SECONDS - PREPARATION_SECONDS, rows=len(rows))
         total = words_for_seconds(PREPARATION_SECONDS + len(rows) * each)
-        events.say(f"plan: generated images, rows: {len(rows)}, about {each:.0f} s each, {total} in all")
+        more = ", and what compiling takes" if cuda else ""
+        events.say(f"plan: generated images, rows: {len(rows)}, about {each:.0f} s each, {total} in all{more}")
     if not cuda:
         events.say("no CUDA device here: GPU rows are not measured")
     if (load := os.getloadavg()[0]) > BUSY_SHARE * usable_cores():

@@ -109,7 +109,7 @@ def _softmax_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) ->
 
 
 def _stats_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int, *, all_variants: bool) -> Iterator[Cell]:
-    tile, pair_tile = tiles.stats_tile(capability, dtype=dtype, dim=dim), tiles.pair_tile(dtype=dtype, dim=dim)
+    tile, pair_tile = tiles.stats_tile(capability, dtype=dtype), tiles.pair_tile(dtype=dtype)
     for grouped in (True, False) if all_variants else (True,):
         groups = torch.empty(CAPTIONS, dtype=torch.int64, device="meta") if grouped else None
 
@@ -121,7 +121,7 @@ def _stats_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int, *, a
 
 
 def _other_cells(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> Iterator[Cell]:
-    tile, pair_tile = tiles.topk_tile(dtype=dtype, dim=dim), tiles.pair_tile(dtype=dtype, dim=dim)
+    tile, pair_tile = tiles.topk_tile(dtype=dtype), tiles.pair_tile(dtype=dtype)
     threshold = torch.empty(BATCH, device="meta")
     for kernel, launch in (
         ("filter_kernel", lambda: triton_topk.candidates(*_features(dtype, dim), threshold, capacity=416, splits=2, tile=tile)),

@@ -62,7 +62,8 @@ Record = dict[str, Any]
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(prog="loader.py", description="Loaders side by side on the same pairs.", allow_abbrev=False)
+    what = "Loaders side by side on the same pairs, on the CPU (DALI too)."
+    parser = argparse.ArgumentParser(prog="loader.py", description=what, allow_abbrev=False)
     parser.add_argument("--path", type=Path, metavar="FILE", help="source images as for `shard --path` (default: generated shapes)")
     parser.add_argument("--pairs", type=int, default=BENCH_PAIRS, metavar="N", help=f"training pairs (default: {BENCH_PAIRS})")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pairs per batch (default: 256)")

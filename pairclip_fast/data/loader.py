@@ -68,6 +68,8 @@ def make_loader(
         EnvironmentLackingError: the chosen backend is not available.
     """
     name = choose_backend(backend, device=device, events=events)
+    if device.type == "cuda" and device.index is None:  # what is current here need not be in the loader's thread
+        device = torch.device("cuda", torch.cuda.current_device())
     reader = ShardReader(folder, split, events=events)
     try:
         plan = Plan(
@@ -162,6 +164,8 @@ def dali_or_resident(
         if reason is None:
             return executor
         executor.close()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - a library that does not load, a driver, a GPU that it was not compiled for
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
     events.fallback("DALI loader", chosen="the split in GPU memory", reason=reason)

@@ -57,5 +57,6 @@ def starvation(window: LoaderStats, *, seconds: float) -> str | None:
         cost = 1e6 * window.fill_cpu_s / max(window.samples, 1)
         cause = f"decoding and augmentation take {cost:.0f} us of CPU time per sample"
     else:
-        cause = f"the loader itself is idle {1.0 - busy:.0%} of its time: slow storage, or a machine busy with something else"
+        others = "slow storage, or processors (or DALI's GPU) busy with something else"
+        cause = f"the loader itself is idle {1.0 - busy:.0%} of its time: {others}"
     return f"the training waits for data {share:.0%} of the time: {cause}"

@@ -133,7 +133,8 @@ def check_loader() -> Check:
     chosen = choose_backend("auto", device=torch.device(device), events=quiet)
     dali = f"dali {_version('nvidia-dali-cuda130')}" if dali_installed() else "no dali"
     available = f"{_native_loader()}, reference (webdataset {_version('webdataset')}), {dali}"
-    found = f"auto takes {chosen} on {device}; available: {available}"
+    condition = " (if it makes the right pictures there)" if device == "cuda" and chosen == "dali" else ""
+    found = f"auto takes {chosen} on {device}{condition}; available: {available}"
     if quiet.fallbacks:
         fix = "install again where there is a C++20 compiler" if chosen == "native" else "pip install nvidia-dali-cuda130"
         return Check(topic="loader", status="fallback", found=found, reason=quiet.fallbacks[0]["reason"], fix=fix)
@@ -153,11 +154,15 @@ def check_kernels() -> Check:
     """Implementation of the caption-bank operations."""
     import torch
 
+    from pairclip_fast.kernels.choice import VARIABLE
     from pairclip_fast.kernels.ops import implementation
 
     device = torch.device(training_device())
     found = [implementation(device, dtype=dtype, dim=USUAL_FEATURES) for dtype in (torch.float32, torch.bfloat16)]
     chosen = next((one for one in found if one.name == "torch"), found[0])
+    if chosen.name == "torch" and device.type == "cuda" and not os.environ.get(VARIABLE):
+        fix = "nothing for a GPU without tensor cores for TF32; else please report the reason"
+        return Check(topic="kernels", status="fallback", found=chosen.name, reason=chosen.reason, fix=fix)
     return Check(topic="kernels", status="ok", found=chosen.name, reason=chosen.reason)
 
 

@@ -53,7 +53,7 @@ class OwnKernels(Kernels, Protocol):
         """What exactly runs on `device`: instruction set, tiles, precision."""
 
     def covers(self, emb: Tensor, bank: Tensor) -> bool:
-        """Whether these tensors' dtype, size and layout are meant to be; otherwise the call goes to `portable`."""
+        """Whether it was made for this dtype, layout and number of captions; otherwise the call goes to `portable`."""
 
 
 def kernels_for(emb: Tensor, bank: Tensor) -> Kernels:

@@ -8,9 +8,7 @@ moment that tracing, autograd and the FLOP counter would all respect.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pairclip_fast.kernels.choice import kernels_for
+from pairclip_fast.kernels.precision import exact_products, outside_autocast
 
 NAMESPACE = "pairclip"
 DOTTED_ROWS = 1024
@@ -29,38 +28,6 @@ def registered(name: str) -> Callable[..., Any]:
     """The op `pairclip::name`, whichever implementation the dispatcher picks for its arguments."""
     op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
-
-
-def outside_autocast(device: torch.device) -> torch.autocast:
-    """An op's body still sees the caller's autocast, which would round the scores to bfloat16."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
-
-
-@contextlib.contextmanager
-def ranking(device: torch.device) -> Iterator[None]:
-    """No autocast, and float32 products that are float32: TF32, which training allows on CUDA, has 10 bits and ties at random."""
-    restore = _float32_products()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with outside_autocast(device):
-            yield
-    finally:
-        restore()
-
-
-def _float32_products() -> Callable[[], None]:
-    """What brings torch's switch of float32 products back to where it is now. It has two: the old one cannot be read once the
-    new ones were set, and the new ones must not be set where the old one is in use."""
-    try:
-        return functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    except RuntimeError:
-        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        return functools.partial(_set_switches, {switch: switch.fp32_precision for switch in switches})
-
-
-def _set_switches(values: dict[Any, str]) -> None:
-    for switch, value in values.items():
-        switch.fp32_precision = value
 
 
 def _bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,17 +49,17 @@ def _row_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups: Tensor | None) -> tuple[Tensor, ...]:
-    with ranking(emb.device):
+    with exact_products(emb.device):
         return kernels_for(emb, bank).bank_stats(emb, bank, scale, targets.long(), groups)
 
 
 def _pair_scores(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
-    with ranking(emb.device):
+    with exact_products(emb.device):
         return kernels_for(emb, bank).pair_scores(emb, bank, indices.long())
 
 
 def _bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    with ranking(emb.device):
+    with exact_products(emb.device):
         return kernels_for(emb, bank).bank_topk(emb, bank, k)
 
 
@@ -198,6 +165,7 @@ _register(
     _bank_stats,
     _fake_bank_stats,
     _flops_one_product,
+    torch.Tag.cudagraph_unsafe,  # torch's reads from the device how large the groups are
 )
 _register("pair_scores", "(Tensor emb, Tensor bank, Tensor indices) -> Tensor", _pair_scores, _fake_pair_scores, _flops_chosen)
 _register(

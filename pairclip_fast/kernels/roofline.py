@@ -34,6 +34,7 @@ class Bound:
 
 def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int, dtype: torch.dtype, chosen: int = 1) -> Bound:
     """Least time of one call on `gpu`, which has TF32; `chosen` is P of `pair_scores`, k of `bank_topk`."""
+    dim = tiles.width(dim)
     product = 2.0 * batch * captions * dim
     if operation == "bank_softmax":
         tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim)
@@ -56,7 +57,8 @@ def bound(gpu: Gpu, operation: Operation, *, batch: int, captions: int, dim: int
 
 
 def softmax_workspace_bytes(gpu: Gpu, *, batch: int, captions: int, dim: int, dtype: torch.dtype) -> int:
-    """Memory that `bank_softmax` takes beside its arguments and results; it stops growing with the bank."""
+    """Memory that `bank_softmax` takes beside its arguments, their wider copies and results; it stops growing with the bank."""
+    dim = tiles.width(dim)
     tile = tiles.softmax_tile(gpu.capability, dtype=dtype, dim=dim)
     programs = math.ceil(batch / tile.rows) * math.ceil(dim / tile.slice)
     splits = tiles.split_bank(captions, columns=tile.columns, programs=programs, processors=gpu.processors)

@@ -3,8 +3,8 @@
 Autotuning would need the GPU that nobody here has, start every new shape with a slow step, and run tiles that no test has
 seen. Each entry was chosen for what can be read from compiled code without a GPU (`benchmarks/kernel_matrix.py`): no spills,
 within the shared memory, and no tensor-core instruction issued twice because warps outnumber rows. Architectures that are not
-in the matrix get the tiles of the smallest one in it. Everything before compute capability 8.0 has torch: Triton emits no
-tensor-core instruction there.
+in the matrix get the tiles of a relative with tensor memory or of the smallest one in it. Everything before compute capability
+8.0 has torch: Triton emits no tensor-core instruction there.
 """
 
 from __future__ import annotations
@@ -56,36 +56,41 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
+def width(dim: int) -> int:
+    """The number of features that `dim` of them are computed with."""
+    return math.ceil(dim / STEP_OF_DIM) * STEP_OF_DIM
+
+
 def softmax_tile(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) -> SoftmaxTile:
     """Tile of `bank_softmax`."""
     if dtype == torch.float32:
         # Four warps of 16 rows: eight would compute each score twice.
-        return SoftmaxTile(rows=64, columns=16, depth=_depth(dim, 32), warps=4, stages=2, slice=_slice(dim, 128))
+        return SoftmaxTile(rows=64, columns=16, depth=32, warps=4, stages=2, slice=_slice(dim, 128))
     if capability in ((8, 0), (9, 0)) and dim in (256, 512):  # the rows fit whole beside two blocks of captions
         return SoftmaxTile(rows=64, columns=64, depth=dim, warps=8, stages=2, slice=dim)
     columns = 64 if capability[0] == 10 else 32
-    return SoftmaxTile(rows=64, columns=columns, depth=_depth(dim, 64), warps=8, stages=2, slice=_slice(dim, 512))
+    return SoftmaxTile(rows=64, columns=columns, depth=64, warps=8, stages=2, slice=_slice(dim, 512))
 
 
-def stats_tile(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) -> Tile:
+def stats_tile(capability: tuple[int, int], *, dtype: torch.dtype) -> Tile:
     """Tile of the counting pass of `bank_stats`."""
     if dtype == torch.float32:
-        return Tile(rows=128, columns=64, depth=_depth(dim, 32), warps=8, stages=3)
+        return Tile(rows=128, columns=64, depth=32, warps=8, stages=3)
     narrow = capability[0] == 10 or (capability, dtype) == ((9, 0), torch.float16)  # twice the columns spill
     columns = 64 if narrow else 128
-    return Tile(rows=128, columns=columns, depth=_depth(dim, 64), warps=8, stages=3)
+    return Tile(rows=128, columns=columns, depth=64, warps=8, stages=3)
 
 
-def topk_tile(*, dtype: torch.dtype, dim: int) -> Tile:
+def topk_tile(*, dtype: torch.dtype) -> Tile:
     """Tile of the passes of `bank_topk`: small, since the position of each candidate in its list takes registers too."""
     if dtype == torch.float32:
-        return Tile(rows=64, columns=32, depth=_depth(dim, 32), warps=4, stages=3)
-    return Tile(rows=64, columns=64, depth=_depth(dim, 64), warps=8, stages=3)
+        return Tile(rows=64, columns=32, depth=32, warps=4, stages=3)
+    return Tile(rows=64, columns=64, depth=64, warps=8, stages=3)
 
 
-def pair_tile(*, dtype: torch.dtype, dim: int) -> Tile:
+def pair_tile(*, dtype: torch.dtype) -> Tile:
     """Tile of `pair_scores`; with three stages two of its cells spill."""
-    return Tile(rows=64, columns=64, depth=_depth(dim, 32 if dtype == torch.float32 else 64), warps=4, stages=2)
+    return Tile(rows=64, columns=64, depth=32 if dtype == torch.float32 else 64, warps=4, stages=2)
 
 
 def split_bank(captions: int, *, columns: int, programs: int, processors: int) -> int:
@@ -99,11 +104,6 @@ def tiles_per_split(captions: int, *, columns: int, splits: int) -> tuple[int, i
     tiles = math.ceil(captions / columns)
     each = math.ceil(tiles / splits)
     return each, math.ceil(tiles / each)
-
-
-def _depth(dim: int, most: int) -> int:
-    """The largest step up to `most` that divides `dim`, so that no step needs a mask."""
-    return math.gcd(dim, most)
 
 
 def _slice(dim: int, most: int) -> int:

@@ -2,7 +2,7 @@
 
 Nobody could run these kernels on the GPU they now meet. So the first use of each combination of device, dtype and number of
 features computes small cases with them and with torch; a compile error, a lack of shared memory or a wrong number hands that
-combination to torch, with the reason, instead of ending or spoiling a run. The check compiles the kernels that the run needs
+combination to torch, with the reason, instead of ending or spoiling a run. Most of what the check compiles the run needs
 anyway. Triton is imported when first used, never by importing this module.
 
 The kernels want features in multiples of 64 and rows that start at multiples of 16 bytes. Others get zeros behind them, which
@@ -46,14 +46,14 @@ def why_not(device: torch.device, *, dtype: torch.dtype, dim: int) -> str | None
     capability = torch.cuda.get_device_capability(device)
     if capability < tiles.OLDEST_CAPABILITY:
         return f"compute capability {_dotted(capability)}: Triton uses tensor cores from {_dotted(tiles.OLDEST_CAPABILITY)} on"
-    return failure(device, dtype, _width(dim)) if dtype in DTYPES and dim else None
+    return failure(device, dtype, tiles.width(dim)) if dtype in DTYPES and dim else None
 
 
 def describe(device: torch.device) -> str:
     """Architecture and precision."""
     capability = torch.cuda.get_device_capability(device)
     known = "" if capability in tiles.SHARED_MEMORY_KIB else ", an architecture without tiles of its own"
-    return f"compute capability {_dotted(capability)}{known}; ranks of float32 features from three TF32 products"
+    return f"compute capability {_dotted(capability)}{known}; float32 as three TF32 products"
 
 
 def covers(emb: Tensor, bank: Tensor) -> bool:
@@ -80,8 +80,8 @@ def bank_stats(emb: Tensor, bank: Tensor, scale: Tensor, targets: Tensor, groups
     from pairclip_fast.kernels import triton_stats
 
     emb, bank = widened(emb, bank)
-    tile = tiles.stats_tile(_capability(emb), dtype=emb.dtype, dim=emb.shape[1])
-    pair_tile = tiles.pair_tile(dtype=emb.dtype, dim=emb.shape[1])
+    tile = tiles.stats_tile(_capability(emb), dtype=emb.dtype)
+    pair_tile = tiles.pair_tile(dtype=emb.dtype)
     programs = -(-emb.shape[0] // tile.rows)
     splits = tiles.split_bank(bank.shape[0], columns=tile.columns, programs=programs, processors=_processors(emb))
     with torch.cuda.device(emb.device):
@@ -94,7 +94,7 @@ def pair_scores(emb: Tensor, bank: Tensor, indices: Tensor) -> Tensor:
 
     emb, bank = widened(emb, bank)
     with torch.cuda.device(emb.device):
-        return triton_scores.pair_scores(emb, bank, indices, tile=tiles.pair_tile(dtype=emb.dtype, dim=emb.shape[1]))
+        return triton_scores.pair_scores(emb, bank, indices, tile=tiles.pair_tile(dtype=emb.dtype))
 
 
 def bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -102,14 +102,14 @@ def bank_topk(emb: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     from pairclip_fast.kernels import triton_topk
 
     emb, bank = widened(emb, bank)
-    tile = tiles.topk_tile(dtype=emb.dtype, dim=emb.shape[1])
+    tile = tiles.topk_tile(dtype=emb.dtype)
     with torch.cuda.device(emb.device):
         return triton_topk.bank_topk(emb, bank, k, tile=tile, processors=_processors(emb))
 
 
 def widened(emb: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the layout and with the number of features that the kernels are compiled for; what fits already, unchanged."""
-    width = _width(emb.shape[1])
+    width = tiles.width(emb.shape[1])
     if not _fits(emb, width):
         emb = _with_zeros(emb, width)
     if not _fits(bank, width):
@@ -118,6 +118,8 @@ def widened(emb: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         version, wide = _widened_banks.get(bank, (None, bank))  # type: ignore[no-untyped-call]
         if version != bank._version:
             wide = _with_zeros(bank, width)
+            if wide.is_cuda:  # others may use it on other streams
+                torch.cuda.current_stream(wide.device).synchronize()
             _widened_banks[bank] = (bank._version, wide)
         bank = wide
     return emb, bank
@@ -129,6 +131,7 @@ def failure(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
 
     Raises:
         EnvironmentLackingError: the kernels left the GPU unusable, for torch too.
+        torch.OutOfMemoryError: there is no room for them; that is no fault of theirs.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the first use of the kernels compiles and checks them: call the operation once before capturing a CUDA graph")
@@ -145,6 +148,8 @@ def _difference(device: torch.device, dtype: torch.dtype, dim: int) -> str | Non
             for found in comparisons(cast(Kernels, sys.modules[__name__]), case):
                 if not found.ok:
                     return f"self-check: {found.operation}'s {found.output} is off by {found.worst:.2g}, {found.allowed:.2g} allowed"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - compiler, driver and launcher fail with classes of their own; all mean the same
         reason = f"self-check: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         _refuse_a_broken_device(device, reason)
@@ -168,11 +173,6 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
 
 def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _width(dim: int) -> int:
-    """The number of features that `dim` of them are computed with."""
-    return -(-dim // tiles.STEP_OF_DIM) * tiles.STEP_OF_DIM
 
 
 def _fits(rows: Tensor, width: int) -> bool:

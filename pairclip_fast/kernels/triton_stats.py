@@ -102,7 +102,7 @@ def bank_stats(
     count(positive, guess)
     lse = torch.logsumexp(part_lse, dim=0)
     greater, equal = (part.sum(dim=0, dtype=torch.int32) for part in (part_greater, part_equal))
-    damaged = lse.isnan()
+    damaged = lse.isnan() | positive.isnan()  # also of a target that does not exist
     return lse, positive, torch.where(damaged, captions, greater), torch.where(damaged, 0, equal)
 
 

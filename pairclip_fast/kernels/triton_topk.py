@@ -28,6 +28,8 @@ SMALL_BANK = 4096
 """Up to here whole rows are sorted: the lists would not be shorter."""
 STEP, LARGEST_SAMPLE = 8, 65_536
 """One caption in eight is sampled, but never more than this many: the sample's scores are the largest thing in memory."""
+MOST_LISTED = 0.5
+"""All lists of a row together have no more places than this share of its scores: they are to be sorted instead of these."""
 SLACK = 256
 """Places in a list beyond twice the expected candidates; for k = 1 their number has a long tail."""
 
@@ -92,10 +94,10 @@ def blocks_of_rows(batch: int, captions: int, *, step: int, capacity: int, tile:
     """Rows at a time, and parts of the bank, whose lists fit the workspace; a single tile of rows and one part always may."""
     list_bytes, sample_bytes = SORT_BYTES * capacity * tile.rows, 4 * triton.cdiv(captions, step) * tile.rows
     rows = max(1, WORKSPACE_BYTES // (list_bytes + sample_bytes))
-    programs = min(rows, triton.cdiv(batch, tile.rows))
+    programs = max(1, min(rows, triton.cdiv(batch, tile.rows)))
     wanted = split_bank(captions, columns=tile.columns, programs=programs, processors=processors)
-    splits = min(wanted, max(1, (WORKSPACE_BYTES // programs - sample_bytes) // list_bytes))
-    return programs * tile.rows, splits
+    fitting = (WORKSPACE_BYTES // programs - sample_bytes) // list_bytes
+    return programs * tile.rows, max(1, min(wanted, fitting, int(MOST_LISTED * captions) // capacity))
 
 
 def candidates(emb: Tensor, bank: Tensor, threshold: Tensor, *, capacity: int, splits: int, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

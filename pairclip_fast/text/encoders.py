@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
+from pairclip_fast.kernels.precision import exact_products
 
 DEFAULT_BATCH_SIZE = 256
 
@@ -23,7 +24,6 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 """(token ids i64[batch, tokens], mask bool[batch, tokens]) -> one feature row per caption, not normalised."""
 
 
-@runtime_checkable
 @runtime_checkable
 class TextEncoder(Protocol):
     """A frozen map from captions to unit vectors."""
@@ -89,7 +89,8 @@ class TransformerEncoder:
         distinct = sorted(set(sequences), key=lambda ids: (len(ids), ids))
         position = {ids: row for row, ids in enumerate(distinct)}
         rows = torch.empty(len(distinct), self.dim)
-        with torch.inference_mode(), events.progress(f"embedding captions ({self.name})", len(distinct), unit="captions") as advance:
+        progress = events.progress(f"embedding captions ({self.name})", len(distinct), unit="captions")
+        with torch.inference_mode(), exact_products(self._device), progress as advance:
             for start in range(0, len(distinct), batch_size):
                 batch = distinct[start : start + batch_size]
                 ids, mask = self._padded(batch)

@@ -7,6 +7,7 @@ buffers and generators put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,21 +37,21 @@ def compile_encoder(
     Raises:
         torch.OutOfMemoryError: a step does not fit; that is no fault of the compiler.
     """
-    if setting == "off" or (setting == "auto" and not trainee.placement.is_cuda):
-        return "eager (--compile off)" if setting == "off" else "eager (compiled on CUDA only)"
+    reason = why_eager(trainee, setting=setting, events=events)
+    if reason is not None:
+        return f"eager ({reason})"
     module = trainee.module
     eager = module.encode
-    if recomputes_batch_norm(module.encoder):
-        events.fallback("torch.compile", chosen="eager", reason="batch normalisation whose activations are recomputed cannot be compiled")
-        return "eager (activations are recomputed)"
+    # Isolated: the limit of compilations, past which torch runs eagerly and says nothing, is for all models of a process otherwise.
     try:
-        compiled: Callable[[Tensor], Tensor] = torch.compile(module.encoder.forward, dynamic=False)
+        settings: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
+        compiled: Callable[[Tensor], Tensor] = torch.compile(module.encoder.forward, **settings)
         module.encode = compiled
         for shape in images:
             warm_up(trainee, images=shape, num_captions=num_captions)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - a compiler raises anything
         # Whatever is no fault of the compiler comes back in the eager step that follows.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
         torch._dynamo.reset()
@@ -58,7 +59,20 @@ def compile_encoder(
         warm_up(trainee, images=images[-1], num_captions=num_captions)
         events.fallback("torch.compile", chosen="eager", reason=reason)
         return "eager (compiling failed)"
+    trainee.compiled = True
     return "compiled"
+
+
+def why_eager(trainee: Trainee, *, setting: str, events: EventLog) -> str | None:
+    """Why the encoder is not to be compiled; None if it is. An event if that was not the wish."""
+    if setting == "off":
+        return "--compile off"
+    if setting == "auto" and not trainee.placement.is_cuda:
+        return "compiled on CUDA only"
+    if recomputes_batch_norm(trainee.module.encoder):
+        events.fallback("torch.compile", chosen="eager", reason="batch normalisation whose activations are recomputed cannot be compiled")
+        return "activations are recomputed"
+    return None
 
 
 def warm_up(trainee: Trainee, *, images: tuple[int, int, int, int], num_captions: int) -> None:

@@ -160,6 +160,6 @@ def _cuda_lack() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0].strip()
+        reason = str(error).split(". Please")[0].strip()
         return "no CUDA device found" if "no NVIDIA driver" in reason else reason
     return "no CUDA device found"

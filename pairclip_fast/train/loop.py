@@ -81,6 +81,8 @@ class Trainee:
     ledger: TimeLedger = dataclasses.field(default_factory=TimeLedger)
     ema: Ema | None = None
     resizer: Resizer | None = None
+    compiled: bool = False
+    """Whether `module.encode` is."""
     parallel: nn.Module | None = None
     """`module` wrapped for data parallelism, if there is more than one process."""
 

@@ -20,6 +20,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that pushes singular values towards 1 fastest (Jordan et al. 2024): it does not converge to
 exactly 1 but into about [0.7, 1.2], which trains as well and needs fewer iterations."""
 TINY = 1e-7
+BATCHED = ("cuda",)
+"""Devices on which parameters of one shape are updated together."""
 
 
 def orthogonalize(matrices: Float[Tensor, "*stack rows columns"], *, iterations: int) -> Float[Tensor, "*stack rows columns"]:
@@ -119,10 +121,9 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 def _together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those of one shape at once on a GPU, where starting so many small operations takes longer than their arithmetic. On a CPU each
-    for itself: batches of products are slower there than single ones, 1.6 times for the filters of `fast`."""
-    if not parameters or not parameters[0].is_cuda:
-        return [[parameter] for parameter in parameters]
-    groups: dict[torch.Size, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.shape, []).append(parameter)
+    for itself: batched products are slower there than single ones."""
+    groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for number, parameter in enumerate(parameters):
+        alone = () if parameter.device.type in BATCHED else (number,)
+        groups.setdefault((*parameter.shape, *alone), []).append(parameter)
     return list(groups.values())

@@ -25,7 +25,7 @@ from pairclip_fast.telemetry.flops import training_flops_per_pair
 from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank
 from pairclip_fast.train.accounting import countable
-from pairclip_fast.train.compiling import warm_up
+from pairclip_fast.train.compiling import warm_up, why_eager
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.ema import copy_module
@@ -117,7 +117,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
     whole = float(training_flops_per_pair(module.encoder, image_shape=parts.image_shape, num_captions=parts.loss_captions))
     kernels = kernels_of(parts, trainee)
     in_torch = compiled.startswith("compiled")
-    speed = compiled_speed(parts, trainee, flops_per_pair=work.flops_per_pair[-1]) if in_torch else found.pairs_per_second * whole
+    speed = compiled_speed(parts, trainee, flops_per_pair=work.flops_per_pair[-1]) if trainee.compiled else found.pairs_per_second * whole
     blocks, convolutions = blocks_of(parts, trainee, compiled=in_torch), stages_of(parts, trainee, compiled=in_torch)
     return TrainingPlan(
         num_train=parts.num_train,
@@ -263,9 +263,10 @@ def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, ev
     parts = parts_on_paper(config, data=data, manifest=manifest, run=run, events=events)
     placement = parts.placement
     backend = choose_backend(config.train.loader, device=placement.device, events=events)
-    compiled = "compiled" if config.train.compile == "on" or (config.train.compile == "auto" and placement.is_cuda) else "eager"
     with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
-        return make_plan(parts, build_trainee(parts), loader=backend, compiled=compiled)
+        trainee = build_trainee(parts)
+        reason = why_eager(trainee, setting=config.train.compile, events=events)
+        return make_plan(parts, trainee, loader=backend, compiled="compiled" if reason is None else f"eager ({reason})")
 
 
 def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> Parts:

@@ -162,7 +162,7 @@ class Runner:
         self._loss_count = 0
         self.events.emit("step", **fields)
         # What counts is the device's time between two steps: on CUDA the host runs ahead, and waits for batches that nobody misses yet.
-        self._judge_loader(dataclasses.replace(loaded, wait_s=rates.time_s.get("wait", 0.0)), seconds=sum(rates.time_s.values()))
+        self._judge_loader(dataclasses.replace(loaded, wait_s=rates.time_s.get("wait", 0.0)), seconds=rates.seconds)
         scale, self._scale = self._scale, self.trainee.scaler.get_scale()
         if self._scale < scale:
             self.events.note(f"fp16 overflow: loss scale lowered from {scale:g} to {self._scale:g}", scale=self._scale)
@@ -240,6 +240,7 @@ class Runner:
 
     def _leave(self) -> None:
         """Stop on a signal: save, say how to go on, raise."""
+        self.trainee.guard.check(events=self.events)  # all processes are here
         name = signal.Signals(self.signals.stop).name
         self.events.emit("signal", name=name, step=self.progress.step)
         if self.store.names()[:1] != [checkpoint_name(self.progress.step)]:

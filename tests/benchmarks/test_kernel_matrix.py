@@ -97,6 +97,6 @@ def test_a_kernel_that_spills_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_pat
     if reason:
         pytest.skip(reason)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-    monkeypatch.setattr(tiles, "topk_tile", lambda dtype, dim: tiles.Tile(rows=128, columns=64, depth=64, warps=4, stages=3))
+    monkeypatch.setattr(tiles, "topk_tile", lambda dtype: tiles.Tile(rows=128, columns=64, depth=64, warps=4, stages=3))
     cell = next(cell for cell in kernel_matrix.cells(dims=(512,)) if cell.kernel == "filter_kernel")
     assert any("spills" in finding for finding in kernel_matrix.broken_bars(kernel_matrix.compile_cell(cell)))

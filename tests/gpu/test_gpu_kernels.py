@@ -15,7 +15,8 @@ from pairclip_fast.kernels.selfcheck import SCORE_TOLERANCE
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]  # the first use of a shape compiles
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [(1, 1, 64), (65, 4_500, 512), (300, 10_003, 512), (64, 5_000, 768), (33, 9_000, 48), (256, 10_000, 198), (4_096, 10_000, 512)]
+LARGE = [(300, 10_003, 512), (64, 5_000, 768), (256, 10_000, 198), (4_096, 10_000, 512)]
+SIZES = [(1, 1, 64), (65, 4_500, 512), (33, 9_000, 48), *LARGE]
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +100,11 @@ def test_nan_rows_rank_last_and_sort_first() -> None:
     assert got.greater[3] == 6_000
     assert got.lse.isnan().nonzero().flatten().tolist() == [3]
     assert ops.bank_topk(emb, bank, k=2)[1][3].tolist() == [0, 1]
+
+
+def test_no_rows_no_results() -> None:
+    """Nothing is launched, whatever the size of the bank; the evaluation asks for this."""
+    emb, bank, scale = features(0, 10_000, 198, torch.float32)
+    assert ops.bank_topk(emb, bank, k=5)[1].shape == (0, 5)
+    assert ops.bank_softmax(emb, bank, scale)[1].shape == (0, 198)
+    assert ops.bank_stats(emb, bank, scale, torch.zeros(0, dtype=torch.int64, device=CUDA)).lse.shape == (0,)

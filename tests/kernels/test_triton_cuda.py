@@ -203,17 +203,17 @@ def test_a_gpu_that_the_kernels_broke_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("captions", [4_500, 20_000, 10**6])
-@pytest.mark.parametrize("batch", [1, 64, 4_096])
+@pytest.mark.parametrize("batch", [0, 1, 64, 4_096])
 @pytest.mark.parametrize("k", [1, 100, 1_024])
 def test_the_lists_of_the_best_fit_their_workspace(captions: int, batch: int, k: int) -> None:
     pytest.importorskip("triton")
     from pairclip_fast.kernels import triton_topk
 
-    tile, step = tiles.topk_tile(dtype=torch.float32, dim=512), max(8, -(-captions // 65_536))
+    tile, step = tiles.topk_tile(dtype=torch.float32), max(8, -(-captions // 65_536))
     capacity = 2 * step * k + 256
     rows, splits = triton_topk.blocks_of_rows(batch, captions, step=step, capacity=capacity, tile=tile, processors=132)
     assert rows % tile.rows == 0
-    assert splits >= 1
+    assert splits == 1 or splits * capacity <= captions / 2, "lists are shorter than the rows that they stand for"
     taken = rows * (triton_topk.SORT_BYTES * splits * capacity + 4 * -(-captions // step))
     assert taken <= triton_topk.WORKSPACE_BYTES
 

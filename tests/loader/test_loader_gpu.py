@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pairclip_fast.config import AugmentConfig
-from pairclip_fast.data.backends import dali
 from pairclip_fast.data.loader import make_loader
 from pairclip_fast.events import EventLog
 
+dali = pytest.importorskip("pairclip_fast.data.backends.dali")
 STD = torch.tensor((60.0, 61.0, 65.0)).view(3, 1, 1)
 FULL = AugmentConfig(rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, flip_probability=0.5, shift_pixels=2)
 AUGMENTS = {

@@ -108,7 +108,6 @@ def test_the_matrix_update_is_what_the_paper_says() -> None:
 
 def test_parameters_of_one_shape_are_updated_together_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU. Three filters, two of one shape, and two matrices; each has its own norm, gradient and momentum."""
-    alone_on_a_cpu = muon._together
     torch.manual_seed(0)
     shapes = [(8, 4, 3, 3), (6, 5), (8, 4, 3, 3), (4, 4, 3, 3), (6, 5)]
     starts = [(1 + number) * torch.randn(shape) for number, shape in enumerate(shapes)]
@@ -122,9 +121,11 @@ def test_parameters_of_one_shape_are_updated_together_as_if_alone(monkeypatch: p
         for mine, theirs in zip(together, alone, strict=True):
             mine.grad = torch.randn_like(mine)
             theirs.grad = mine.grad.clone()
-        monkeypatch.setattr(muon, "_together", lambda parameters: [[p for p in parameters if p.shape == shape] for shape in set(shapes)])
+        monkeypatch.setattr(muon, "BATCHED", ("cpu",))
+        assert sorted(map(len, muon._together(together))) == [1, 2, 2]
         joint.step()
-        monkeypatch.setattr(muon, "_together", alone_on_a_cpu)
+        monkeypatch.undo()
+        assert len(muon._together(together)) == 5
         for optimizer in apart:
             optimizer.step()
     for mine, theirs in zip(together, alone, strict=True):

@@ -150,7 +150,11 @@ def in_two_processes(*arguments: object) -> list[str]:
     port = str(20_000 + os.getpid() % 30_000)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
-    outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [output for output, _ in outputs]
 

@@ -76,13 +76,16 @@ class DaliExecutor:
         spec, border = self._spec, self._spec.augment.border
 
         def plain(draw: Draw) -> Tensor:
-            tiles = torch.from_numpy(reader.tiles(0)).permute(0, 3, 1, 2)[torch.from_numpy(draw.sources)]
+            owners, tile = np.divmod(draw.sources, spec.tiles)
+            ids, places = np.unique(owners, return_inverse=True)
+            tiles = torch.from_numpy(reader.tiles_of(ids)[places.reshape(owners.shape), tile]).permute(0, 1, 4, 2, 3)
             return augment_tiles(tiles, torch.from_numpy(draw.table()), border=border, mean=spec.mean, std=spec.std)
 
         def ours(draw: Draw) -> Tensor:
             return self.fill(draw.sources, draw.table())
 
-        return why_not(ours, like=plain, reader=reader, augment=augment, tolerance=TOLERANCE[spec.encoding], samples=samples)
+        same = {"like": plain, "reader": reader, "augment": augment}
+        return why_not(ours, **same, moves=spec.moves, tolerance=TOLERANCE[spec.encoding], samples=samples)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._pipeline = None

@@ -71,4 +71,5 @@ def why_no_kernel(resident: ResidentExecutor, *, reader: ShardReader, augment: A
     def plain(draw: Draw) -> Tensor:
         return resident.fill(draw.sources, draw.table())
 
-    return why_not(resident.fill_drawn, like=plain, reader=reader, augment=augment, tolerance=TOLERANCE, samples=SAMPLES)
+    same = {"like": plain, "reader": reader, "augment": augment}
+    return why_not(resident.fill_drawn, **same, moves=True, tolerance=TOLERANCE, samples=SAMPLES)  # type: ignore[arg-type]

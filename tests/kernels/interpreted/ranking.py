@@ -58,6 +58,13 @@ def test_a_row_that_overflowed_is_counted_too(rows: int) -> None:
     assert ((greater + equal == 19) | (greater == 20)).all()
 
 
+def test_a_target_that_does_not_exist_ranks_last() -> None:
+    emb, bank = unit(3, 16).float(), unit(40, 16, seed=1).float()
+    _, positive, greater, equal = stats(emb, bank, torch.tensor([0, 40, 2**40]), None)
+    assert positive.isnan().tolist() == [False, True, True]
+    assert (greater + equal).tolist()[1:] == [40, 40]
+
+
 def test_a_caption_that_does_not_exist_scores_nan() -> None:
     emb, bank = unit(3, 16).float(), unit(5, 16, seed=1).float()
     found = triton_scores.pair_scores(emb, bank, torch.tensor([[5, 0], [-1, 4], [2**40, 1]]), tile=TILE)
@@ -155,6 +162,7 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(triton_topk, "sorted_rows", watched)
     monkeypatch.setattr(triton_topk, "SMALL_BANK", 0)
+    monkeypatch.setattr(triton_topk, "MOST_LISTED", 100.0)  # small banks in several parts
     monkeypatch.setattr(tiles, "LEAST_TILES_PER_SPLIT", 1)
     return plain
 
@@ -229,8 +237,9 @@ def test_pairs_and_rows_agree(dtype: torch.dtype) -> None:
     assert triton_scores.pair_scores(emb, bank, indices[:, :0], tile=TILE).shape == (17, 0)
 
 
-def test_no_rows_no_results() -> None:
-    emb, bank = torch.empty(0, 16), torch.ones(400, 16)
+@pytest.mark.parametrize("captions", [400, triton_topk.SMALL_BANK + 1])
+def test_no_rows_no_results(captions: int) -> None:
+    emb, bank = torch.empty(0, 16), torch.ones(captions, 16)
     assert [tuple(part.shape) for part in stats(emb, bank, torch.empty(0, dtype=torch.int64), None)] == [(0,)] * 4
     assert topk(emb, bank, 3)[1].shape == (0, 3)
 
@@ -321,7 +330,7 @@ def test_broken_lists_are_caught(
 
 def lists_are_right(module: ModuleType) -> bool:
     """Two cases: rows whose lists overflow, and lists long enough for all, whose answers the plain way must not correct."""
-    module.SMALL_BANK, module.SLACK = 0, 0  # type: ignore[attr-defined]
+    module.SMALL_BANK, module.SLACK, module.MOST_LISTED = 0, 0, 100.0  # type: ignore[attr-defined]
     emb, bank, _ = tied(9, 150)
     bank[:, 0] = torch.where(torch.arange(150) % 8 == 0, 0, 5)
     bank[149] = 9.0
