@@ -51,6 +51,27 @@ def test_features_are_the_masked_mean_of_the_states(minilm: TextEncoder, folder:
     assert torch.allclose(minilm.encode(captions, events=QUIET, batch_size=1), expected, atol=1e-5)
 
 
+def test_features_do_not_depend_on_what_the_training_allows(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` allows TF32 before it embeds, `embed` does not; the bank must be the same."""
+    seen: list[tuple[str, bool]] = []
+    forward = minilm._forward  # type: ignore[attr-defined]
+
+    def watched(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        features: torch.Tensor = forward(ids, mask)
+        return features
+
+    monkeypatch.setattr(minilm, "_forward", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            minilm.encode(["a cat"], events=QUIET)
+        assert seen == [("highest", False)]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_meaning_is_there(minilm: TextEncoder) -> None:
     cat, kitten, rocket = minilm.encode(["a photo of a cat", "a photo of a kitten", "a photo of a rocket"], events=QUIET)
     assert float(cat @ kitten) > float(cat @ rocket) + 0.2
