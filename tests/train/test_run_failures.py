@@ -15,8 +15,9 @@ from tiny_runs import STEPS, Options, at_step, hurry, losses, terminate, weights
 from pairclip_fast.errors import CheckpointError, EnvironmentLackingError, NumericsError, StorageError
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FileSystem
-from pairclip_fast.train import checkpoint, device, loop, planning
+from pairclip_fast.train import checkpoint, device, loop, planning, runner
 from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.runner import Runner
 from pairclip_fast.train.signals import TerminatedRunError
 
@@ -120,45 +121,62 @@ def test_out_of_memory_before_the_first_step_says_the_same(options: Options, mon
         run_train(options())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_one_of_several_processes_does_not_leave_alone(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
-) -> None:
-    """Whose clock says that it is time to tell or to save looks at the numbers alone; the others would wait for it for ever.
+@pytest.fixture
+def bad_after_five(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Step 5 has a loss that is not finite, and a process believes that it is one of so many. The list gets the steps it has made.
 
-    Steps that all have in common are every fourth here (the end of an epoch). One process is told that it is one of two.
+    All processes look at the numbers at the ends of epochs, which are every fourth step.
     """
-    step, looked = loop.train_step, []
+    step, after_step, made = loop.train_step, Runner._after_step, list[int]()
 
     def poisoned_step(trainee: Any, batch: Any, **named: Any) -> Any:
-        trainee.processes = dataclasses.replace(trainee.processes, world_size=1)
         if named["step"] == 5:
             batch = dataclasses.replace(batch, images=batch.images * float("nan"))
         return step(trainee, batch, **named)
 
-    monkeypatch.setattr(loop, "train_step", poisoned_step)
-    monkeypatch.setattr(device.Placement, "guard_steps", 1_000)
-    after_step = Runner._after_step
+    def install(world_size: int) -> list[int]:
+        def watched(self: Runner, *arguments: Any) -> bool:
+            made.append(self.progress.step)
+            alone = self.parts.processes
+            self.parts = dataclasses.replace(self.parts, processes=dataclasses.replace(alone, world_size=world_size))
+            try:
+                if self.progress.step == 7:
+                    self.save()
+                return after_step(self, *arguments)
+            finally:
+                self.parts = dataclasses.replace(self.parts, processes=alone)
 
-    def watched(self: Runner, *arguments: Any) -> bool:
-        looked.append(self.progress.step)
-        alone = self.parts.processes
-        pretended = dataclasses.replace(self.parts, processes=dataclasses.replace(alone, world_size=world_size))
-        monkeypatch.setattr(type(alone), "agree", lambda _self, value: value)
-        self.parts = pretended
-        try:
-            if self.progress.step == 7:
-                self.save()
-            return after_step(self, *arguments)
-        finally:
-            self.parts = dataclasses.replace(pretended, processes=alone)
+        monkeypatch.setattr(loop, "train_step", poisoned_step)
+        monkeypatch.setattr(device.Placement, "guard_steps", 1_000)
+        monkeypatch.setattr(Processes, "agree", lambda _self, value: value)
+        monkeypatch.setattr(Runner, "_after_step", watched)
+        return made
 
-    monkeypatch.setattr(Runner, "_after_step", watched)
+    return install
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_of_several_processes_does_not_leave_alone(
+    options: Options, tmp_path: Path, bad_after_five: Callable[[int], list[int]], world_size: int
+) -> None:
+    """Whose clock says that it is time to tell or to save looks at the numbers alone; the others would wait for it for ever."""
+    made = bad_after_five(world_size)
     with pytest.raises(NumericsError, match="step 5"):
         run_train(options())
-    assert looked[-1] == (6 if world_size == 1 else 8)
+    assert made[-1] == (6 if world_size == 1 else 8)
     checkpoints = [event["step"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "checkpoint"]
     assert checkpoints == [4], "nothing is saved after the bad step"
+
+
+def test_a_signal_does_not_hide_a_bad_loss(
+    options: Options, tmp_path: Path, bad_after_five: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes that stop together before they have looked: nothing is saved, so nobody may say so."""
+    bad_after_five(2)
+    monkeypatch.setattr(runner, "AGREEMENT_STEPS", 1)
+    with pytest.raises(NumericsError, match="step 5"):
+        run_train(options(), events=at_step(7, terminate))
+    assert not [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "finished"]
 
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, when: Callable[[Path], bool]) -> None:
