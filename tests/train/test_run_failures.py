@@ -137,14 +137,10 @@ def bad_after_five(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]
     def install(world_size: int) -> list[int]:
         def watched(self: Runner, *arguments: Any) -> bool:
             made.append(self.progress.step)
-            alone = self.parts.processes
-            self.parts = dataclasses.replace(self.parts, processes=dataclasses.replace(alone, world_size=world_size))
-            try:
-                if self.progress.step == 7:
-                    self.save()
-                return after_step(self, *arguments)
-            finally:
-                self.parts = dataclasses.replace(self.parts, processes=alone)
+            self.parts = dataclasses.replace(self.parts, processes=Processes(world_size=world_size))
+            if self.progress.step == 7:
+                self.save()
+            return after_step(self, *arguments)
 
         monkeypatch.setattr(loop, "train_step", poisoned_step)
         monkeypatch.setattr(device.Placement, "guard_steps", 1_000)
