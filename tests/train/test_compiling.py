@@ -119,3 +119,34 @@ def test_the_plan_of_a_compiled_run_tries_no_size_that_was_not_compiled(options:
     phases = {"train.progressive": [[16, 0.5], [32, 0.5]], "model.architecture": "tile_conv", "model.width": 8}
     run_train(options(phases | {"train.compile": "on", "train.epochs": 1}))
     assert set(sizes) == {(16, 3, 16, 32), (16, 3, 32, 64)}
+
+
+def test_models_of_one_process_do_not_share_the_limit_of_compilations(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
+    """Past the limit torch runs eagerly and says nothing; here it is one, and there are two models."""
+    import torch._dynamo.config as dynamo
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 6)
+
+        def forward(self, images: Tensor) -> Tensor:
+            features: Tensor = self.linear(images.mean((2, 3)))
+            return features
+
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        graphs[-1] += 1
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, backend=backend, **settings))
+    with dynamo.patch(recompile_limit=1):
+        for _ in range(2):
+            graphs.append(0)
+            trainee = make_trainee()
+            trainee.module.encoder = Encoder()
+            said = compiling.compile_encoder(trainee, setting="on", images=[(4, 3, 32, 64)], num_captions=CAPTIONS, events=events)
+            assert said == "compiled", events.fallbacks
+    assert min(graphs) >= 1
