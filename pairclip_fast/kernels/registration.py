@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pairclip_fast.kernels.choice import kernels_for
-from pairclip_fast.kernels.precision import exact_products, outside_autocast
+from pairclip_fast.kernels.exact import exact_products, outside_autocast
 
 NAMESPACE = "pairclip"
 DOTTED_ROWS = 1024

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pairclip_fast.errors import EnvironmentLackingError
 from pairclip_fast.events import EventLog
-from pairclip_fast.kernels.precision import exact_products
+from pairclip_fast.kernels.exact import exact_products
 
 DEFAULT_BATCH_SIZE = 256
 
