@@ -39,6 +39,7 @@ ACCURACY = {
     "accuracy-fast-seeds": "",
     "accuracy-fast-avx2": "",
     "accuracy-fast-wide-end": "last stage twice as wide",
+    "accuracy-fast-full-whitening": "`full-whitening`",
     "accuracy-fast-identity": "filters begin as the identity",
     "accuracy-fast-short-steps": "`short-steps`",
     "accuracy-fast-long-steps": "`long-steps`",
