@@ -235,6 +235,22 @@ def test_fuzzed_pickles_raise_only_our_error(position: int, junk: bytes) -> None
         load_pickle(whole[:position] + junk + whole[position + len(junk) :], where="x")
 
 
+@pytest.mark.parametrize("place", [b"r\xff\xff\xff\x00", b"p16777215\n", b"q\x09"], ids=["LONG_BINPUT", "PUT", "BINPUT"])
+def test_a_place_far_away_is_refused_before_memory_is_taken_for_it(place: bytes) -> None:
+    """Python would make 268 MB of table for these; for the largest number 64 GB, which ends the process."""
+    near = b"\x80\x02]q\x00."
+    assert load_pickle(near, where="x") == []
+    with pytest.raises(DataError, match="place"):
+        load_pickle(near.replace(b"q\x00", place), where="x")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_keep_their_objects_near(protocol: int) -> None:
+    names = [f"name_{number}.png".encode() for number in range(3_000)]
+    found = {b"fine_labels": list(range(3_000)), b"filenames": [*names, names], b"again": names}
+    assert load_pickle(pickle.dumps(found, protocol=protocol), where="x") == found
+
+
 def test_truncated_archives_and_records(tmp_path: Path, events: Any) -> None:
     path = FORMS["python tar.gz"](tmp_path)
     whole = path.read_bytes()
