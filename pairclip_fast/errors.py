@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+REASON_LENGTH = 300
+"""Characters of somebody else's error that a reason of ours repeats."""
+
 
 class PairclipError(Exception):
     """An expected failure; printed without a traceback.
@@ -75,6 +78,11 @@ class StorageError(PairclipError):
     """No space, or the disk failed."""
 
     exit_code = 8
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the words of somebody else's error, as a reason within a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
 
 
 def printable(value: object, *, limit: int = 2_000) -> str:

@@ -19,7 +19,7 @@ from pairclip_fast.data.batch import Batch, Loader
 from pairclip_fast.data.plan import Plan
 from pairclip_fast.data.planned_loader import PREFETCH_BATCHES, PlannedLoader
 from pairclip_fast.data.shards import ShardReader
-from pairclip_fast.errors import ConfigError, EnvironmentLackingError
+from pairclip_fast.errors import ConfigError, EnvironmentLackingError, one_line
 from pairclip_fast.events import EventLog
 from pairclip_fast.native import native
 
@@ -154,7 +154,6 @@ def dali_or_resident(
 ) -> Executor:
     """DALI if it runs on this GPU and makes the pictures that torch makes, else the split in GPU memory."""
     from pairclip_fast.data.backends.resident import resident_executor
-    from pairclip_fast.data.backends.selfcheck import REASON_LENGTH
 
     try:
         from pairclip_fast.data.backends.dali import DaliExecutor
@@ -167,7 +166,7 @@ def dali_or_resident(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a library that does not load, a driver, a GPU that it was not compiled for
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+        reason = one_line(error)
     events.fallback("DALI loader", chosen="the split in GPU memory", reason=reason)
     return resident_executor(reader, augment=augment, device=device, events=events)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,14 @@ class Uploads:
         if self._stream is None:
             return tensor
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return self.beside(lambda: pinned.to(self._device, non_blocking=True))
+
+    def beside(self, copy: Callable[[], Tensor]) -> Tensor:
+        """What `copy` makes on the device, finished; for use on its default stream."""
+        if self._stream is None:
+            return copy()
         with torch.cuda.stream(self._stream):
-            there = pinned.to(self._device, non_blocking=True)
+            there = copy()
         self._stream.synchronize()
         there.record_stream(torch.cuda.default_stream(self._device))  # its memory must not be used again before the training is done
         return there

@@ -154,12 +154,10 @@ def check_kernels() -> Check:
     """Implementation of the caption-bank operations."""
     import torch
 
-    from pairclip_fast.kernels.choice import VARIABLE
-    from pairclip_fast.kernels.ops import implementation
+    from pairclip_fast.kernels.choice import VARIABLE, implementation_of_all
 
     device = torch.device(training_device())
-    found = [implementation(device, dtype=dtype, dim=USUAL_FEATURES) for dtype in (torch.float32, torch.bfloat16)]
-    chosen = next((one for one in found if one.name == "torch"), found[0])
+    chosen = implementation_of_all(device, dtypes=(torch.float32, torch.bfloat16), dim=USUAL_FEATURES)
     if chosen.name == "torch" and device.type == "cuda" and not os.environ.get(VARIABLE):
         fix = "nothing for a GPU without tensor cores for TF32; else please report the reason"
         return Check(topic="kernels", status="fallback", found=chosen.name, reason=chosen.reason, fix=fix)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -70,6 +71,12 @@ def implementation(device: torch.device, *, dtype: torch.dtype, dim: int) -> Imp
         EnvironmentLackingError: it names one that cannot run here.
     """
     return _resolve(device, os.environ.get(VARIABLE, "auto"), dtype=dtype, dim=dim)[0]
+
+
+def implementation_of_all(device: torch.device, *, dtypes: Sequence[torch.dtype], dim: int) -> Implementation:
+    """As `implementation`, of features in each of these dtypes: our own only if it takes all of them."""
+    found = [implementation(device, dtype=dtype, dim=dim) for dtype in dtypes]
+    return next((one for one in found if one.name == "torch"), found[0])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pairclip_fast.errors import EnvironmentLackingError
+from pairclip_fast.errors import EnvironmentLackingError, one_line
 from pairclip_fast.kernels import tiles
 from pairclip_fast.kernels.choice import Kernels
 from pairclip_fast.kernels.selfcheck import comparisons, make_case
@@ -151,7 +151,7 @@ def _difference(device: torch.device, dtype: torch.dtype, dim: int) -> str | Non
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - compiler, driver and launcher fail with classes of their own; all mean the same
-        reason = f"self-check: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"self-check: {one_line(error)}"
         _refuse_a_broken_device(device, reason)
         return reason
     return None

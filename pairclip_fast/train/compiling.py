@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pairclip_fast.errors import one_line
 from pairclip_fast.events import EventLog
 from pairclip_fast.models.encoder import recomputes_batch_norm
 from pairclip_fast.train.loop import Trainee
-
-REASON_LENGTH = 300
 
 
 def compile_encoder(
@@ -53,7 +52,7 @@ def compile_encoder(
         raise
     except Exception as error:  # noqa: BLE001 - a compiler raises anything
         # Whatever is no fault of the compiler comes back in the eager step that follows.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+        reason = one_line(error)
         torch._dynamo.reset()
         module.encode = eager
         warm_up(trainee, images=images[-1], num_captions=num_captions)

@@ -16,8 +16,7 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.loader import choose_backend
 from pairclip_fast.data.manifest import Manifest
 from pairclip_fast.events import EventLog
-from pairclip_fast.kernels.choice import VARIABLE
-from pairclip_fast.kernels.ops import Implementation, implementation
+from pairclip_fast.kernels.choice import VARIABLE, Implementation, implementation_of_all
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.models import stages, tower
 from pairclip_fast.models.encoder import ImageEncoder
@@ -161,10 +160,9 @@ def stages_of(parts: Parts, trainee: Trainee, *, compiled: bool) -> Implementati
 
 def kernels_of(parts: Parts, trainee: Trainee) -> Implementation:
     """What computes the loss over the captions and their ranks: our own kernels only if they take both."""
-    loss, device = trainee.module.loss, parts.placement.device
+    loss = trainee.module.loss
     assert isinstance(loss, ContrastiveLoss)
-    found = [implementation(device, dtype=dtype, dim=loss.bank.shape[1]) for dtype in (loss.products, loss.bank.dtype)]
-    return next((one for one in found if one.name == "torch"), found[0])
+    return implementation_of_all(parts.placement.device, dtypes=(loss.products, loss.bank.dtype), dim=loss.bank.shape[1])
 
 
 def _autocast(parts: Parts) -> torch.dtype | None:

@@ -26,6 +26,7 @@ from pairclip_fast.data.backends.raw_tiles import RawTiles
 from pairclip_fast.data.backends.selfcheck import why_not
 from pairclip_fast.data.parameters import Draw
 from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.data.upload import Uploads
 from pairclip_fast.errors import EnvironmentLackingError
 
 NO_GPU_MESSAGES = ("CUDA-capable GPU", "CUDA is not available", "driver is not installed or its version is insufficient")
@@ -53,7 +54,7 @@ class DaliExecutor:
             "num_threads": num_threads,
         }
         self._pipeline: Any = self._build()
-        self._stream = None if on_cpu else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._uploads = None if on_cpu else Uploads(device)
 
     def fill(
         self, sources: Int64[np.ndarray, "batch tiles"], table: Float32[np.ndarray, "batch tiles 10"]
@@ -68,7 +69,8 @@ class DaliExecutor:
             self._pipeline = None
             self._blame(sources, error)
             raise
-        return images if self._stream is None else self._owned_by_torch(images, self._stream)
+        # On the CPU DALI hands its buffer over; on a GPU it would take it back without waiting for kernels of torch.
+        return images if self._uploads is None else self._uploads.beside(images.clone)
 
     def why_not(self, *, augment: AugmentConfig | None) -> str | None:
         """Why it cannot be used here; None if it makes the pictures that torch makes on the CPU."""
@@ -102,16 +104,6 @@ class DaliExecutor:
                 raise EnvironmentLackingError("DALI finds no GPU", where="--loader dali", got=error, fix=fix) from error
             raise
         return pipeline
-
-    def _owned_by_torch(self, images: Tensor, stream: torch.cuda.Stream) -> Tensor:
-        """A copy on the device (microseconds). On the CPU DALI hands its buffer over; on a GPU it would take it back without
-        waiting for kernels of torch. The copy has its own stream so as not to queue behind the training step.
-        """
-        with torch.cuda.stream(stream):
-            copy = images.clone()
-        stream.synchronize()
-        copy.record_stream(torch.cuda.default_stream(images.device))
-        return copy
 
     def _records(self, sources: Int64[np.ndarray, "batch tiles"]) -> Feed:
         """Raw tiles, or per row the encoded pictures that its tiles are parts of."""

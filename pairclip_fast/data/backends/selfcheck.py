@@ -16,10 +16,10 @@ from torch import Tensor
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data.parameters import Draw, own_tiles
 from pairclip_fast.data.shards import BadRecordError, ShardReader
+from pairclip_fast.errors import one_line
 
 SAMPLES, DIFFERENT = 16, 2
 EPOCHS = (0, 3)
-REASON_LENGTH = 300
 Fill = Callable[[Draw], Tensor]
 
 
@@ -54,7 +54,7 @@ def why_not(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - compilers and drivers raise anything; what is no fault of theirs comes back in torch
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}"
+        return one_line(error)
     return None
 
 
