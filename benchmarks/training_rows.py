@@ -41,8 +41,9 @@ from pairclip_fast.train.compiling import compile_encoder
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
-from pairclip_fast.train.planning import PROBE_PAIRS, count_work, probe
+from pairclip_fast.train.planning import count_work
 from pairclip_fast.train.precision import choose_precision
+from pairclip_fast.train.probing import PROBE_PAIRS, probe
 from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.resizing import Phase, Resizer, phases
 from pairclip_fast.train.setup import Parts, build_trainee, train_loader, used_bank

@@ -153,8 +153,8 @@ def options(data: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Op
 PROGRAM = """
 import sys
 from pairclip_fast.cli import main
-from pairclip_fast.train import planning
-planning.PROBE_SECONDS = 0.0
+from pairclip_fast.train import probing
+probing.PROBE_SECONDS = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

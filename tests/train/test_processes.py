@@ -18,7 +18,7 @@ import torch
 
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.telemetry import timing
-from pairclip_fast.train import planning
+from pairclip_fast.train import probing
 from pairclip_fast.train.checkpoint import CheckpointStore
 from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.options import TrainOptions
@@ -31,11 +31,11 @@ import torch
 torch.set_num_threads(1)
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry import timing
-from pairclip_fast.train import planning
+from pairclip_fast.train import probing
 from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.options import TrainOptions
 
-timing.STEP_EVENT_SECONDS = timing.PEAK_SECONDS = planning.PROBE_SECONDS = 0.0
+timing.STEP_EVENT_SECONDS = timing.PEAK_SECONDS = probing.PROBE_SECONDS = 0.0
 kill_at = int(sys.argv[4])
 log = EventLog(None, console=False)
 def sink(event):
@@ -73,7 +73,7 @@ def whole(data_template: Path, tmp_path_factory: pytest.TempPathFactory, write_c
     folder = tmp_path_factory.mktemp("whole-processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)
-        patch.setattr(planning, "PROBE_SECONDS", 0.0)
+        patch.setattr(probing, "PROBE_SECONDS", 0.0)
         options = TrainOptions(data=data_template, out=folder / "run", config=write_config(folder))
         return folder / "run", run_train(options)
 

@@ -17,7 +17,7 @@ from pairclip_fast.telemetry.bottleneck import ADVICE, TOLERABLE, find_bottlenec
 from pairclip_fast.telemetry.memory import host_memory
 from pairclip_fast.telemetry.time_ledger import PHASES, Phase, TimeLedger, TimeTotals, lap_cost_s
 from pairclip_fast.telemetry.timing import StepMeter, peak_tflops, words_for_seconds
-from pairclip_fast.train import planning, runner
+from pairclip_fast.train import probing, runner
 from pairclip_fast.train.commands import run_train
 from pairclip_fast.train.device import Placement
 from pairclip_fast.train.options import TrainOptions
@@ -123,7 +123,7 @@ def tiny(data: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypa
     monkeypatch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
     monkeypatch.setattr(timing, "PEAK_MATRIX", 64)
-    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.0)
     return TrainOptions(data=data, out=tmp_path / "run", config=write_config(tmp_path))
 
 

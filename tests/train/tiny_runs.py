@@ -13,7 +13,7 @@ import pytest
 
 from pairclip_fast.events import Event, EventLog, read_events
 from pairclip_fast.telemetry import timing
-from pairclip_fast.train import planning
+from pairclip_fast.train import planning, probing
 from pairclip_fast.train.options import TrainOptions
 
 STEPS = 12
@@ -26,7 +26,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "STEP_EVENT_SECONDS", 0.0)
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
     monkeypatch.setattr(timing, "PEAK_MATRIX", 64)
-    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.0)
     monkeypatch.setattr(planning, "training_flops_per_pair", lambda *_, **__: 1e6)
 
 
