@@ -2,7 +2,8 @@
 
 Float32 with AVX2: all three products by minimal filtering, which needs a quarter of the multiplications. Bfloat16 with AMX: the weight
 gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles read where it lies. The rest
-is oneDNN's; `benchmarks/train_step.py --preset fast` lists its rates.
+is oneDNN's, but the input gradient as one more convolution, with the filters turned about: there oneDNN's forward pass reaches two to
+four times the rate of its own input gradient (record `train-step-cpu`; `benchmarks/train_step.py --preset fast` lists the rates).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 from pairclip_fast.models.precision import computing_format
 from pairclip_fast.native import native
@@ -67,6 +67,11 @@ def weight_gradient(
     return found.permute(0, 3, 1, 2)
 
 
+def turned_about(weight: Float[Tensor, "outputs inputs 3 3"]) -> Float[Tensor, "inputs outputs 3 3"]:
+    """The filters with which the convolution of the result's gradient is the gradient of the pixels."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
 def channels_last(pixels: Float[Tensor, "batch channels height width"]) -> Shaped[Tensor, "batch height width channels"]:
     """For C++: float32 as it is, bfloat16 as the 16-bit integers of its bits."""
     found = pixels.detach().permute(0, 2, 3, 1).contiguous()
@@ -110,5 +115,5 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0] and rounded.dtype == torch.float32:
             found = input_gradient(gradient, rounded)
         elif ctx.needs_input_grad[0]:
-            found = conv2d_input(pixels.shape, rounded, gradient, padding=1)  # type: ignore[no-untyped-call]
+            found = F.conv2d(gradient, turned_about(rounded), padding=1)
         return found, weight_gradient(pixels, gradient)
