@@ -1,6 +1,7 @@
 // What Python sees of the loader's core. Everything long runs without the interpreter lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -169,7 +170,15 @@ void bind(nb::module_& module) {
             const nb::gil_scoped_release release;
             return mapped.records.damaged(view(ids));
           },
-          "ids"_a);
+          "ids"_a)
+      .def(
+          "checksum",
+          [](const MappedRecords& mapped, std::int64_t id) {
+            if (id < 0 || id >= mapped.records.size()) throw std::invalid_argument("there is no such record");
+            const nb::gil_scoped_release release;
+            return mapped.records.checksum(id);
+          },
+          "id"_a, "CRC-32 of a record's bytes; None if they cannot be read.");
   nb::class_<PyFiller>(module, "Filler")
       .def("__init__", &new_filler, nb::kw_only(), "height"_a, "width"_a, "tiles"_a, "mean"_a, "std"_a, "border"_a, "bf16"_a,
            "threads"_a, "isa"_a = "")

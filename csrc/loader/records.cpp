@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "core/mapped.h"
 #include "loader/crc32.h"
 
 namespace pairclip::loader {
@@ -26,7 +27,14 @@ Records::Records(std::vector<std::span<const std::uint8_t>> shards, std::span<co
   }
 }
 
-bool Records::intact(std::int64_t id) const { return crc32(records_[id].data(), records_[id].size()) == checksums_[id]; }
+std::optional<std::uint32_t> Records::checksum(std::int64_t id) const {
+  const std::span<const std::uint8_t> record = bytes(id);
+  std::uint32_t found = 0;
+  if (!touch_mapped([&found, record] { found = crc32(record.data(), record.size()); })) return std::nullopt;
+  return found;
+}
+
+bool Records::intact(std::int64_t id) const { return checksum(id) == checksums_[id]; }
 
 std::vector<std::int64_t> Records::damaged(std::span<const std::int64_t> ids) const {
   std::vector<std::int64_t> found;

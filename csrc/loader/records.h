@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -18,7 +19,10 @@ class Records {
 
   std::span<const std::uint8_t> bytes(std::int64_t id) const { return records_[id]; }
 
-  // Whether the bytes are those that the index was made from.
+  // Of the bytes as they are; none if they cannot be read.
+  std::optional<std::uint32_t> checksum(std::int64_t id) const;
+
+  // Whether the bytes are there, and those that the index was made from.
   bool intact(std::int64_t id) const;
 
   // Those of `ids` that are not intact, in their order. Throws std::invalid_argument if there is no such record.

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pairclip_fast.data.manifest import REBUILD
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
@@ -50,17 +51,11 @@ class BadRecords:
         """
         if self._policy == "raise" or error.sample_id in self._bad:
             raise error
-        self._add([error.sample_id])
         shard, key = str(error.where).rsplit(": ", 1)
         offset, reason = int(self._reader.records.offsets[error.sample_id]), f"{error.what} (expected {error.expected}, got {error.got})"
         self._events.emit("bad_record", shard=shard, offset=offset, key=key, reason=reason, policy=self._policy)
         self._events.say(f"bad record {shard}, byte {offset:,}, {key}: {reason}; policy: {self._policy}")
-        most = max(1, int(BAD_SHARE * len(self._reader)))
-        if len(self._bad) > most:
-            expected = f"at most {most:,} of {len(self._reader):,}"
-            raise DataError(
-                "too many bad records", where=self._reader.split, expected=expected, got=len(self._bad), fix=error.fix
-            ) from error
+        self._add([error.sample_id])
 
     def replaced(self, sources: Ints) -> tuple[Ints, NDArray[np.bool_]]:
         """Sources without bad records, and which rows [batch] had some and are to be left out."""
@@ -85,7 +80,7 @@ class BadRecords:
         """Know the bad records of an earlier run.
 
         Raises:
-            DataError: the state is damaged.
+            DataError: the state is damaged, or there are too many.
         """
         try:
             ids = [int(word) for word in state.split()]
@@ -98,6 +93,11 @@ class BadRecords:
 
     def _add(self, ids: list[int]) -> None:
         self._bad |= set(ids)
+        count, samples = len(self._bad), len(self._reader)
+        most = max(1, int(BAD_SHARE * samples))
+        if count > most or count == samples:  # without a good one, nothing could stand in
+            expected = f"at most {most:,} of {samples:,}, and one that is good"
+            raise DataError("too many bad records", where=self._reader.split, expected=expected, got=count, fix=REBUILD)
         if self._policy == "substitute":
             for sample_id in self._bad:
                 self.caption_ids[sample_id] = self._reader.caption_ids[self._good(sample_id)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -28,7 +29,7 @@ from pairclip_fast.data.index import check_shard_size, parse_index, rebuild_inde
 from pairclip_fast.data.manifest import REBUILD, Manifest, ShardEntry, read_manifest
 from pairclip_fast.data.records import RecordIndex, StaleIndexError, read_record_index, rebuild_records
 from pairclip_fast.data.sources.decode import PILLOW_ERRORS
-from pairclip_fast.errors import DataError
+from pairclip_fast.errors import DataError, EnvironmentLackingError
 from pairclip_fast.events import EventLog
 from pairclip_fast.native import native
 
@@ -41,7 +42,7 @@ class BadRecordError(DataError):
 
     def __init__(self, what: str, *, sample_id: int, where: object, expected: object = None, got: object = None) -> None:
         self.sample_id = sample_id
-        super().__init__(what, where=where, expected=expected, got=got, fix=f"{REBUILD}, or train with --on-bad-record skip")
+        super().__init__(what, where=where, expected=expected, got=got, fix=f"{REBUILD}; a training can go on with --on-bad-record skip")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,10 +81,7 @@ class ShardReader:
         self.records = self._record_index()
         """Payloads of all samples."""
         self._judged = np.zeros(len(self), dtype=np.bool_)
-        self._maps: list[mmap.mmap] = []
-        for path in self.shard_paths:
-            with path.open("rb") as file:
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._maps = [_mapped(path) for path in self.shard_paths]
         self._views = [memoryview(mapped) for mapped in self._maps]
         if events is not None:
             self._say_foreign_files(events)
@@ -211,10 +209,15 @@ class ShardReader:
         self.close()
 
     def _check_sum(self, sample_id: int, data: memoryview) -> None:
-        expected = int(self.records.checksums[sample_id])
-        if (got := zlib.crc32(data)) != expected:
-            what, where = "a record's bytes have changed", self.location(sample_id)
-            raise BadRecordError(what, sample_id=sample_id, where=where, expected=f"CRC-32 {expected:08x}", got=f"{got:08x}")
+        """Judge a record's bytes, the mapped ones in C++ first: there a file that was cut short, or whose disk fails, does not end the
+        process."""
+        expected, got = int(self.records.checksums[sample_id]), None
+        there = self.native_records is None or data.obj not in self._maps or self.native_records.checksum(sample_id) is not None
+        if there and (got := zlib.crc32(data)) == expected:
+            return
+        what = "a record's bytes have changed" if there else "a record's bytes cannot be read: the shard was cut short, or its disk fails"
+        wanted, found = f"CRC-32 {expected:08x}", None if got is None else f"{got:08x}"
+        raise BadRecordError(what, sample_id=sample_id, where=self.location(sample_id), expected=wanted, got=found)
 
     @contextlib.contextmanager
     def _blaming(self, sample_id: int) -> Iterator[str]:
@@ -267,6 +270,17 @@ class ShardReader:
             chosen = "one rebuilt in memory from the intact shard"
             self._events.fallback(f"index {self.split}/{path.name}", chosen=chosen, reason=problem)
         return lines
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise DataError("a shard cannot be read", where=path, got=error.strerror or error) from error
+        what, fix = "more shards than the files that a process may have open", "raise the limit (ulimit -n), or write fewer, larger shards"
+        raise EnvironmentLackingError(what, where=path, got=error.strerror, fix=fix) from error
 
 
 def decode_payload(data: memoryview, manifest: Manifest, *, where: object) -> npt.NDArray[np.uint8]:

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pairclip_fast.data.bad_records import Policy
 from pairclip_fast.data.loader import Batch, Loader, make_loader
 from pairclip_fast.data.manifest import Manifest, read_manifest
+from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.errors import DataError
 from pairclip_fast.evaluate import Evaluation, PixelStatistics, evaluate
 from pairclip_fast.events import EventLog
@@ -76,8 +78,10 @@ class Evaluator:
         device: Where to compute.
         processes: Who shares the work.
         events: Told about fallbacks, shown the progress.
+        on_bad_record: `raise`: every record of the split is checked before anything else; otherwise pairs with a bad one are left out.
 
     Raises:
+        BadRecordError: a record is bad, and that is to stop.
         DataError: the folder lacks the split, or has other classes or pictures of another size.
     """
 
@@ -92,9 +96,14 @@ class Evaluator:
         device: torch.device,
         processes: Processes,
         events: EventLog,
+        on_bad_record: Policy = "raise",
     ) -> None:
         manifest = read_manifest(data)
         check_fit(manifest, split=split, trained_on=trained_on, bank=bank, where=data)
+        policy: Policy = "raise" if on_bad_record == "raise" else "skip"
+        if policy == "raise":  # now, rather than after an epoch's training
+            with ShardReader(data, split) as reader:
+                reader.check(np.arange(len(reader)))
         self.split, self._bank, self._events, self._processes = split, bank, events, processes
         self._loader = make_loader(
             data,
@@ -108,6 +117,7 @@ class Evaluator:
             rank=processes.rank,
             shuffle=False,
             drop_last=False,
+            on_bad_record=policy,
             events=events,
         )
         self._pixels = PixelStatistics(mean=trained_on.mean, std=trained_on.std)

@@ -202,6 +202,7 @@ def open_evaluator(parts: Parts, *, events: EventLog) -> Evaluator | None:
         device=parts.placement.device,
         processes=parts.processes,
         events=events,
+        on_bad_record=parts.config.train.on_bad_record,
     )
 
 

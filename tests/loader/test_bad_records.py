@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from PIL import Image
 
 from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import writer
+from pairclip_fast.data.bad_records import BadRecords
 from pairclip_fast.data.loader import Batch, Loader
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import Event, EventLog
+from pairclip_fast.native import native
 
 BAD = 17
 Damage = Callable[..., Path]
@@ -254,3 +257,39 @@ def test_a_record_that_does_not_exist_is_refused_by_the_extension(damaged: Damag
         for wrong in (-1, 30):
             with pytest.raises(ValueError, match="no such record"):
                 reader.native_records.damaged(np.array([0, wrong]))
+
+
+@pytest.mark.skipif(native().module is None, reason="without the C++ extension the process ends there")
+@pytest.mark.parametrize("backend", ["native", "twin"])
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_a_shard_that_is_cut_short_while_it_is_mapped(encoding: str, backend: str, damaged: Damage, events: EventLog) -> None:
+    """Touching what is gone makes the system send SIGBUS."""
+    folder = damaged(encoding=encoding)
+    loader = open_loader(folder, backend, events)
+    os.truncate(folder / "train" / "000001.tar", 0)
+    with pytest.raises(BadRecordError, match="cannot be read") as caught:
+        list(loader)
+    assert 12 <= caught.value.sample_id < 24
+    assert str(folder / "train" / "000001.tar") in str(caught.value.where)
+    loader.close()
+
+
+def test_no_record_stands_in_for_all(damaged: Damage, events: EventLog) -> None:
+    with ShardReader(damaged(), "train") as reader:
+        for policy in ("skip", "substitute"):
+            bad = BadRecords(reader, policy=policy, events=events)
+            with pytest.raises(DataError, match="too many bad records"):
+                bad.restore(" ".join(map(str, range(30))))
+
+
+def test_a_split_of_one_bad_record(make_folder: Callable[..., Path], pixels: np.ndarray, events: EventLog) -> None:
+    folder = make_folder(pixels[:1])
+    with ShardReader(folder, "train") as reader:
+        path, offset = reader.shard_paths[0], int(reader.records.offsets[0])
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    loader = open_loader(folder, "native", events, on_bad_record="skip", batch_size=1)
+    with pytest.raises(DataError, match="too many bad records"):
+        list(loader)
+    loader.close()

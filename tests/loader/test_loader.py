@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pairclip_fast.config import AugmentConfig
 from pairclip_fast.data import loader as loader_module
 from pairclip_fast.data.augment import Border
 from pairclip_fast.data.backends.pictures import usable_threads
+from pairclip_fast.data.backends.raw_tiles import RawTiles
 from pairclip_fast.data.loader import Loader, choose_backend
 from pairclip_fast.data.parameters import own_tiles, parameter_table, parameter_table_in_numpy
 from pairclip_fast.data.plan import Plan
@@ -286,3 +288,21 @@ def test_small_splits_can_be_evaluated_with_large_batches(backend: str, open_loa
     (batch,) = open_loader(backend, batch_size=128)
     assert int(batch.valid.sum()) == 103
     assert len(set(batch.sample_ids[batch.valid].tolist())) == 103
+
+
+def test_a_reader_holds_one_file_per_shard_and_says_what_a_limit_means(make_folder: Callable[..., Path], pixels: np.ndarray) -> None:
+    folder = make_folder(pixels[:24], shard_size=1)
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    with ShardReader(folder, "train") as reader:
+        assert RawTiles(reader).gather(np.arange(0, 48, 2)).shape[0] == 24
+        assert len(list(files.iterdir())) <= before + 24
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(path.name) for path in files.iterdir()}
+    tenth_free = [number for number in range(len(taken) + 10) if number not in taken][9]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (tenth_free, hard))
+        with pytest.raises(EnvironmentLackingError, match="more shards than the files"):
+            ShardReader(folder, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

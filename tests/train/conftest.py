@@ -68,7 +68,7 @@ def recorded(events: EventLog) -> list[Event]:
 
 @pytest.fixture(scope="session")
 def data_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training and 20 validation pairs of four classes of noisy colours, made by the real `shard`; test pairs as well."""
+    """70 training and 24 validation pairs of four classes of noisy colours, made by the real `shard`; test pairs as well."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for part, count in (("train", 30), ("test", 6)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tiny_runs import STEPS, Options, at_step, hurry, losses, terminate, weights
 
+from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import CheckpointError, EnvironmentLackingError, NumericsError, StorageError
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FileSystem
@@ -210,3 +212,17 @@ def test_a_last_save_that_fails_is_exit_8(
     hurry(monkeypatch)
     assert run_train(options(resume=True))["steps"] == STEPS
     assert weights(tmp_path / "run") == weights(whole[0])
+
+
+def test_a_bad_held_out_record_is_told_before_the_training_or_left_out(options: Options, data: Path, tmp_path: Path) -> None:
+    with ShardReader(data, "val") as reader:
+        path, offset = reader.shard_paths[0], int(reader.records.offsets[1])
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadRecordError, match="have changed"):
+        run_train(options())
+    assert losses(tmp_path / "run") == {}
+    run_train(options(out="other", on_bad_record="skip", epochs=1))
+    metrics = json.loads((tmp_path / "other" / "evaluations" / "val.json").read_text())
+    assert metrics["num_pairs"] == 23  # of 24

@@ -29,8 +29,9 @@ class MappedExecutor:
         self._reader, self._uploads = reader, Uploads(device)
         self._border = (augment or AugmentConfig()).border
         self._raw_bytes_read = 0
-        self._raw = RawTiles(reader)
-        self._pictures = None if reader.manifest.encoding == "raw" else PictureStore(reader, num_threads=num_threads)
+        raw = reader.manifest.encoding == "raw"
+        self._raw = RawTiles(reader) if raw else None
+        self._pictures = None if raw else PictureStore(reader, num_threads=num_threads)
 
     @property
     def bytes_read(self) -> int:
@@ -44,9 +45,9 @@ class MappedExecutor:
         return augment_tiles(tiles, torch.from_numpy(table), border=self._border, mean=manifest.mean, std=manifest.std)
 
     def close(self) -> None:
-        self._raw.close()
-        if self._pictures is not None:
-            self._pictures.close()
+        for store in (self._raw, self._pictures):
+            if store is not None:
+                store.close()
 
     def _tiles(self, sources: Int64[np.ndarray, "batch tiles"]) -> UInt8[np.ndarray, "batch tiles height width 3"]:
         count = self._reader.manifest.tiles
@@ -55,6 +56,7 @@ class MappedExecutor:
             height, stacked_width, channels = pictures.shape[1:]
             apart = pictures.reshape(len(pictures), height, count, stacked_width // count, channels)
             return apart[places // count, :, places % count]
+        assert self._raw is not None
         tiles = self._raw.gather(sources)
         self._raw_bytes_read += tiles.nbytes
         return tiles

@@ -16,15 +16,14 @@ class RawTiles:
     """Random access to the tiles of a split with raw records.
 
     Args:
-        reader: The split; its shards are mapped once more.
+        reader: The split.
     """
 
     def __init__(self, reader: ShardReader) -> None:
         self._reader, self._shape = reader, reader.tile_shape[1:]
         self._tiles = reader.tile_shape[0]
         self._tile_bytes = int(np.prod(self._shape))
-        maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in reader.shard_paths]
-        self._windows = [np.lib.stride_tricks.sliding_window_view(mapped, self._tile_bytes) for mapped in maps]
+        self._windows = [np.lib.stride_tricks.sliding_window_view(shard, self._tile_bytes) for shard in reader.shard_bytes()]
 
     def gather(self, sources: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [*sources.shape, height, width, 3], a fresh array.
@@ -43,5 +42,5 @@ class RawTiles:
         return out.reshape(*sources.shape, *self._shape)
 
     def close(self) -> None:
-        """Unmap the shards."""
+        """Let go of the shards."""
         self._windows = []
