@@ -120,9 +120,12 @@ def run(options: Options) -> None:
 
             show(run_report(options.run, events=events), render_report, as_json=options.json)
         case VerifyOptions():
-            from pairclip_fast.data.commands import render_verify, run_verify
+            from pairclip_fast.data.commands import refuse_damage, render_verify, run_verify
+            from pairclip_fast.text.bank import CaptionBank
 
-            show(run_verify(options.data, events=events), render_verify, as_json=options.json)
+            found = run_verify(options.data, events=events, load_bank=CaptionBank.load)
+            show(found, render_verify, as_json=options.json)
+            refuse_damage(found)
         case DoctorOptions():
             from pairclip_fast.doctor import refuse_if_lacking, render_doctor, run_doctor
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder
 from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
 from pairclip_fast.data.index import check_shard_size
-from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest, to_json
+from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, Manifest, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.data.records import record_index_size
 from pairclip_fast.data.sources import locate, open_source
-from pairclip_fast.data.verify import verify_folder
+from pairclip_fast.data.verify import Finding, verify_folder
 from pairclip_fast.data.writer import ShardFormat, bytes_needed
 from pairclip_fast.errors import ConfigError, DataError
 from pairclip_fast.events import EventLog
@@ -72,28 +73,47 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     return {**summary, "action": action, "bytes": size, "digest": manifest.digest, "seconds": round(seconds, 3)}
 
 
-def run_verify(folder: Path, events: EventLog) -> dict[str, Any]:
+def run_verify(folder: Path, events: EventLog, *, load_bank: Callable[[Path], object] | None = None) -> dict[str, Any]:
     """Check every byte of a data folder.
 
+    Args:
+        folder: The data folder.
+        events: Told of each finding, shown the progress.
+        load_bank: Reads a caption bank and raises a `DataError` if it is damaged; None leaves the folder's own unread.
+
     Returns:
-        A JSON-able summary: folder, ok, findings (none), splits, digest.
+        A JSON-able summary: folder, ok, findings, splits, digest; for a folder without a manifest that can be read the last two are None.
 
     Raises:
-        DataError: there are findings; all of them were listed before.
+        ConfigError: there is no such folder.
     """
-    findings = verify_folder(folder, events=events)
+    if not folder.is_dir():
+        raise ConfigError("there is no data folder", where=folder, fix="name one with --data")
+    findings, bank = verify_folder(folder, events=events), folder / CAPTIONS_NAME
+    if load_bank is not None and bank.exists():
+        try:
+            load_bank(bank)
+        except DataError as error:
+            findings.append(Finding(CAPTIONS_NAME, error.what, str(error.expected or ""), str(error.got or "")))
     for finding in findings:
         events.note(str(finding), finding=dataclasses.asdict(finding))
-    if findings:
-        raise DataError(
-            f"the data folder is damaged: {len(findings)} finding{'s' if len(findings) > 1 else ''}",
-            where=folder,
-            got="; ".join(str(finding) for finding in findings[:20]),
-            fix="rebuild it with `pairclip-fast shard --overwrite`, and move foreign files elsewhere",
-        )
+    summary: dict[str, Any] = {"folder": str(folder), "ok": not findings, "findings": [dataclasses.asdict(finding) for finding in findings]}
+    if any(finding.where == MANIFEST_NAME for finding in findings):
+        return summary | {"splits": None, "digest": None}
     manifest = read_manifest(folder)
-    counts = {split: entry.count for split, entry in manifest.splits.items()}
-    return {"folder": str(folder), "ok": True, "findings": [], "splits": counts, "digest": manifest.digest}
+    return summary | {"splits": {split: entry.count for split, entry in manifest.splits.items()}, "digest": manifest.digest}
+
+
+def refuse_damage(summary: dict[str, Any]) -> None:
+    """Raise unless `run_verify` found nothing.
+
+    Raises:
+        DataError: there are findings.
+    """
+    count = len(summary["findings"])
+    if count:
+        what = f"the data folder is damaged: {count} finding{'s' if count > 1 else ''}"
+        raise DataError(what, where=summary["folder"], fix=f"{REBUILD} (foreign files are yours to move)")
 
 
 def render_shard(summary: dict[str, Any]) -> str:
@@ -109,6 +129,8 @@ def render_shard(summary: dict[str, Any]) -> str:
 
 def render_verify(summary: dict[str, Any]) -> str:
     """The summary of `run_verify` in one line."""
+    if not summary["ok"]:
+        return f"{summary['folder']} is damaged"
     return f"{summary['folder']} is whole: " + ", ".join(f"{count:,} {split}" for split, count in summary["splits"].items()) + " pairs"
 
 
@@ -157,6 +179,7 @@ def _same_folder(options: ShardOptions, plan: FolderPlan) -> Manifest | None:
     for split, entry in manifest.splits.items():
         for shard in entry.shards:
             check_shard_size(out / split / shard.name, shard)
-            if not (out / split / shard.index_name).exists():
-                raise DataError("an index is missing", where=out / split / shard.index_name, fix="rebuild with --overwrite")
+            for name in (shard.index_name, shard.records_name):
+                if not (out / split / name).exists():
+                    raise DataError("an index is missing", where=out / split / name, fix="write the folder again with --overwrite")
     return manifest

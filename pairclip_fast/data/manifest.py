@@ -29,7 +29,7 @@ EXTENSIONS = {"raw": "rgb", "png": "png", "jpeg": "jpg"}
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_SIDE = 4_096
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
-REBUILD = "rebuild the folder with `pairclip-fast shard --overwrite`"
+REBUILD = "make the folder again: `pairclip-fast shard` with the arguments it was made with, its --out and --overwrite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

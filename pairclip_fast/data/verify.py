@@ -166,13 +166,19 @@ class _ShardCheck:
             self.findings.append(Finding(self.where.removesuffix(".tar") + ".idx", "the index is not that of its shard"))
 
     def _check_records(self, buffer: memoryview, members: list[Member], path: Path) -> None:
-        """The record index byte by byte, where there is one: folders of earlier versions have none."""
-        records = path.with_name(self.shard.records_name)
-        if self.findings or not records.exists():
+        """The record index byte by byte. Without it nothing is lost, but each loader reads the whole shard before it starts."""
+        if self.findings:
+            return
+        where = self.where.removesuffix(".tar") + ".records"
+        try:
+            found = path.with_name(self.shard.records_name).read_bytes()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            self.findings.append(Finding(where, "missing" if missing else f"cannot be read: {error.strerror or error}"))
             return
         derived = derive_records(buffer, members, num_captions=self.manifest.num_captions, where=self.where)
-        if records.read_bytes() != record_index_bytes(derived, tar_bytes=self.shard.bytes, tar_sha256=self.shard.sha256):
-            self.findings.append(Finding(self.where.removesuffix(".tar") + ".records", "the record index is not that of its shard"))
+        if found != record_index_bytes(derived, tar_bytes=self.shard.bytes, tar_sha256=self.shard.sha256):
+            self.findings.append(Finding(where, "the record index is not that of its shard"))
 
     def _check_sample(self, where: str, payload: bytes, facts_json: bytes, text: bytes) -> None:
         try:

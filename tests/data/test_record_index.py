@@ -141,10 +141,16 @@ def test_it_is_not_made_from_a_changed_tar(data_copy: Copy) -> None:
         ShardReader(folder, "train")
 
 
-def test_verify_compares_it_and_does_not_miss_it(data_copy: Copy, events: Any) -> None:
+def test_verify_compares_it_and_misses_it(data_copy: Copy, events: Any) -> None:
     folder = data_copy()
-    (folder / "train" / "000000.records").unlink()
-    assert verify_folder(folder, events=events) == []
+    lost = folder / "train" / "000000.records"
+    content = lost.read_bytes()
+    lost.unlink()
+    assert [str(finding) for finding in verify_folder(folder, events=events)] == ["train/000000.records: missing"]
+    lost.mkdir()
+    assert [str(finding) for finding in verify_folder(folder, events=events)] == ["train/000000.records: cannot be read: Is a directory"]
+    lost.rmdir()
+    lost.write_bytes(content)
     path = folder / "train" / "000001.records"
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     (finding,) = verify_folder(folder, events=events)

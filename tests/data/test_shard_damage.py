@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -15,13 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pairclip_fast.data.commands import run_verify
+from pairclip_fast.cli import main
+from pairclip_fast.data.commands import refuse_damage, run_verify
 from pairclip_fast.data.index import parse_index
 from pairclip_fast.data.manifest import ShardEntry, read_manifest
+from pairclip_fast.data.records import derive_records, record_index_bytes
 from pairclip_fast.data.shards import ShardReader, decode_payload
 from pairclip_fast.data.tar import END_OF_ARCHIVE, index_text, read_members, ustar_member
 from pairclip_fast.data.verify import verify_folder
-from pairclip_fast.errors import DataError
+from pairclip_fast.errors import ConfigError, DataError
 from pairclip_fast.events import EventLog
 
 Copy = Callable[..., Path]
@@ -38,7 +41,9 @@ def test_a_whole_folder_has_no_findings(data_copy: Copy, events: EventLog, encod
     (folder / "captions.safetensors").write_bytes(b"the text room's")
     (folder / ".captions.safetensors.tmp-123").write_bytes(b"half")
     assert problems(folder, events) == {}
-    assert run_verify(folder, events)["splits"] == {"train": 33, "val": 8, "test": 12}
+    summary = run_verify(folder, events)
+    assert (summary["ok"], summary["splits"]) == (True, {"train": 33, "val": 8, "test": 12})
+    refuse_damage(summary)
 
 
 def test_everything_that_is_wrong_is_listed_at_once(data_copy: Copy, events: Any) -> None:
@@ -64,8 +69,10 @@ def test_everything_that_is_wrong_is_listed_at_once(data_copy: Copy, events: Any
         "val/000000.tar": "missing",
         "test/000000.tar": "not a plain file",
     }
+    summary = run_verify(folder, events)
+    assert {finding["where"] for finding in summary["findings"]} == set(problems(folder, events))
     with pytest.raises(DataError, match="8 findings") as caught:
-        run_verify(folder, events)
+        refuse_damage(summary)
     assert caught.value.exit_code == 3
     assert "train/000002.tar: changed" in events.messages()
 
@@ -148,10 +155,7 @@ def test_a_bad_index_of_a_changed_shard_is_refused(data_copy: Copy) -> None:
 
 
 def rewrite_shard(folder: Path, split: str, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
-    """Change members of shard 0 and make tar, index and manifest agree again: the work of somebody who means it.
-
-    The record index goes, as in a folder of an earlier version.
-    """
+    """Change members of shard 0 and make tar, indices and manifest agree again: the work of somebody who means it."""
     path = folder / split / "000000.tar"
     data = path.read_bytes()
     found = {m.name: data[m.offset : m.offset + m.size] for m in read_members(memoryview(data), where="x", max_members=999)}
@@ -160,11 +164,14 @@ def rewrite_shard(folder: Path, split: str, change: Callable[[dict[str, bytes]],
     index = index_text([members[start : start + 3] for start in range(0, len(members), 3)])
     path.write_bytes(archive)
     path.with_suffix(".idx").write_bytes(index)
-    path.with_suffix(".records").unlink(missing_ok=True)
+    digest = hashlib.sha256(archive).hexdigest()
+    with contextlib.suppress(DataError):  # of samples that no record index can tell of
+        records = derive_records(memoryview(archive), members, num_captions=read_manifest(folder).num_captions, where="x")
+        path.with_suffix(".records").write_bytes(record_index_bytes(records, tar_bytes=len(archive), tar_sha256=digest))
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["splits"][split]["shards"][0] |= {
         "bytes": len(archive),
-        "sha256": hashlib.sha256(archive).hexdigest(),
+        "sha256": digest,
         "index_bytes": len(index),
         "index_sha256": hashlib.sha256(index).hexdigest(),
     }
@@ -366,3 +373,31 @@ def test_reader_views_survive_the_next_open(data_copy: Copy) -> None:
     folder = data_copy()
     with ShardReader(folder, "val") as first, ShardReader(folder, "val") as second:
         assert np.array_equal(first.tiles(0), second.tiles(0))
+
+
+def test_the_caption_bank_is_read_too(data_copy: Copy, events: EventLog) -> None:
+    def load(path: Path) -> None:
+        raise DataError("this is not a caption bank", where=path)
+
+    folder = data_copy()
+    assert run_verify(folder, events, load_bank=load)["ok"]
+    (folder / "captions.safetensors").write_bytes(b"noise")
+    (finding,) = run_verify(folder, events, load_bank=load)["findings"]
+    assert (finding["where"], finding["problem"]) == ("captions.safetensors", "this is not a caption bank")
+
+
+def test_no_folder_is_no_damage(tmp_path: Path, events: EventLog) -> None:
+    with pytest.raises(ConfigError, match="there is no data folder"):
+        run_verify(tmp_path / "nothere", events)
+    found = run_verify(tmp_path, events)
+    assert (found["ok"], found["digest"]) == (False, None)
+
+
+def test_the_command_prints_its_findings_and_fails(data_copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = data_copy()
+    (folder / "notes.txt").write_bytes(b"")
+    (folder / "captions.safetensors").write_bytes(b"noise")
+    assert main(["verify", "--data", str(folder), "--json"]) == 3
+    found = capsys.readouterr()
+    assert [finding["where"] for finding in json.loads(found.out)["findings"]] == ["notes.txt", "captions.safetensors"]
+    assert "2 findings" in found.err
