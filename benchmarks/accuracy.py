@@ -29,7 +29,9 @@ from pairclip_fast.errors import ConfigError, PairclipError, printable
 from pairclip_fast.events import Event, EventLog, last_attempts, read_events
 from pairclip_fast.openmp import spin_briefly
 from pairclip_fast.storage import write_atomic
+from pairclip_fast.text.bank import CaptionBank
 from pairclip_fast.train.options import TrainOptions
+from pairclip_fast.train.setup import BANK
 
 METRICS = ("top1", "top10", "top100", "mrr", "left_top1", "right_top1", "swap_rate", "loss")
 EXIT_INTERRUPTED = 130
@@ -98,6 +100,7 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
         if event["event"] == "step":
             losses.setdefault(event["epoch"], []).append(event["loss"])
     batch_size = started["config"]["train"]["batch_size"]
+    bank = CaptionBank.load(run / BANK)
     curve = [point(event, batch_size=batch_size, losses=losses.get(event["epoch"], [])) for event in events if event["event"] == "eval"]
     return {
         "preset": started["config"]["preset"],
@@ -105,6 +108,7 @@ def record(run: Path, manifest: Manifest) -> dict[str, Any]:
         "config": started["config"],
         "source": manifest.source,
         "data_digest": manifest.digest,
+        "text_encoder": {"name": bank.encoder, "model": bank.model, "digest": bank.digest},
         "num_train": plan["num_train"],
         "num_val": plan["num_val"],
         "num_captions": plan["num_captions"],

@@ -6,7 +6,7 @@ compute the same products twice. Each figure has a bar; a cell that breaks one i
 kernel runs is not in here: not measured.
 
 The signatures are not written down a second time: the product's own launchers run on meta tensors while their launches are
-recorded, so a cell is what runs. All cells take about ten minutes on one core; --only selects some by substring.
+recorded, so a cell is what runs. All cells take 10 to 20 minutes on one core; --only selects some by substring.
 
     python benchmarks/kernel_matrix.py                  compile all, compare with the bars, write benchmarks/records/kernel-matrix.*
     python benchmarks/kernel_matrix.py --only 9.0,stats

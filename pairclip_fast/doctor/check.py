@@ -10,7 +10,7 @@ from pairclip_fast.errors import PairclipError
 
 Status = Literal["ok", "fallback", "missing"]
 
-REINSTALL = "pip install --force-reinstall pairclip-fast"
+REINSTALL = "pip install --force-reinstall . in the checkout"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
