@@ -82,7 +82,8 @@ def parse(arguments: Sequence[str]) -> Options:
     options: Options = tyro.cli(
         union,
         prog="pairclip-fast",
-        description="Train small contrastive image-caption models fast. Start with: pairclip-fast shard, then pairclip-fast train --amp.",
+        description="Train small contrastive image-caption models fast. Start with: pairclip-fast shard, then pairclip-fast train --amp. "
+        "(--version alone says which this is; --debug beside any command shows where an error came from.)",
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
     )

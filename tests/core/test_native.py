@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pairclip_fast.errors import ConfigError
 from pairclip_fast.models.precision import BF16_SETS
 from pairclip_fast.native import native
 from pairclip_fast.train.precision import cpu_bf16_feature
@@ -39,7 +40,12 @@ def test_the_instruction_set_can_be_lowered_but_never_raised() -> None:
     best = native().module.isa()
     assert isa_in_a_new_process(PAIRCLIP_ISA="portable") == "portable"
     assert isa_in_a_new_process(PAIRCLIP_ISA="amx") == best
-    assert isa_in_a_new_process(PAIRCLIP_ISA="no such set") == best
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAIRCLIP_ISA", "avx3")
+    with pytest.raises(ConfigError, match="unknown instruction set"):
+        native.__wrapped__()
 
 
 def test_the_extension_and_amp_agree_on_where_bfloat16_pays() -> None:
