@@ -249,7 +249,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """`torch.compile`: `auto` on CUDA only, `on` everywhere (falls back with a reason), `off` nowhere."""
     recompute: bool = False
-    """Compute the encoder's activations again in the backward pass instead of keeping them: less memory, the same result."""
+    """Compute the encoder's activations again in the backward pass instead of keeping them: less memory, the same up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     loader: Literal["auto", "native", "dali", "reference"] = "auto"

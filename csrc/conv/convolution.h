@@ -6,7 +6,7 @@
 
 namespace pairclip::conv {
 
-constexpr int kPieces = 8;  // of the pictures, each summed up by one task: the same for any number of threads
+constexpr int kPieces = 8;  // of the pictures or their tiles, each summed up by one task: the same for any number of threads
 
 // Of pictures and channels. Pictures are channels-last, as all are.
 struct Sizes {

@@ -11,6 +11,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace pairclip {
 namespace {
 
@@ -19,6 +23,15 @@ double cpu_seconds() {
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
+
+// How this thread rounds, and whether denormal numbers are zeros to it.
+#if defined(__SSE__)
+unsigned floating_mode() { return _mm_getcsr(); }
+void set_floating_mode(unsigned mode) { _mm_setcsr(mode); }
+#else
+unsigned floating_mode() { return 0; }
+void set_floating_mode(unsigned) {}
+#endif
 
 }  // namespace
 
@@ -33,6 +46,7 @@ struct ThreadPool::State {
   int working = 0;
   bool closing = false;
   const std::function<void(std::int64_t, int)>* body = nullptr;
+  unsigned mode = 0;  // of the caller's floating-point arithmetic
   double helped = 0;  // CPU seconds of the pool's threads in the present run
   std::exception_ptr error;
 
@@ -60,6 +74,7 @@ struct ThreadPool::State {
       seen = run;
       if (body == nullptr) continue;  // woke up after the run had ended
       ++working;
+      set_floating_mode(mode);
       lock.unlock();
       const double before = cpu_seconds();
       work(worker);
@@ -103,6 +118,7 @@ double ThreadPool::run(int threads, std::int64_t tasks, const std::function<void
     }
     state.body = &body;
     state.error = nullptr;
+    state.mode = floating_mode();
     state.helped = 0;
     state.tasks = tasks;
     state.next.store(0, std::memory_order_relaxed);

@@ -3,7 +3,7 @@
 // Idle threads sleep on a futex; nothing ever spins. OpenMP's pool spins at every barrier, and on a machine whose cores are
 // shared with another process each barrier then costs a scheduler slice. Tasks are handed out by an atomic counter, so a
 // thread that was descheduled delays only its own task. Results must not depend on which thread runs what: a task writes to
-// places of its own.
+// places of its own, and rounds and treats denormal numbers as the caller does.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ class ThreadPool {
   // A pool inherited through fork() starts threads of its own in the child. Returns the CPU seconds of the others.
   double run(int threads, std::int64_t tasks, const std::function<void(std::int64_t task, int worker)>& body);
 
-  // The pool of what computes for its caller: bank operations and tower, which take turns. (The loader works beside them.)
+  // The pool of what computes for its caller (bank operations, tower, convolutions), which takes turns. (The loader works beside
+  // them.)
   static ThreadPool& shared();
 
  private:

@@ -22,7 +22,7 @@ void bank_stats(const Call& call, float scale, const Chosen& positives, float* l
 // indices, scores: [B, chosen]; an index of -1 gives -inf.
 void pair_scores(const Call& call, const std::int64_t* indices, std::int64_t chosen, float* scores);
 
-// scores, indices: [B, k]; k <= 1024.
+// scores, indices: [B, k]; k <= kMostTop.
 void bank_topk(const Call& call, int k, float* scores, std::int64_t* indices);
 
 }  // namespace pairclip::kernels

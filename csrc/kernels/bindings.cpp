@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "kernels/bank_ops.h"
 #include "kernels/engines.h"
@@ -33,6 +34,7 @@ Call call(const std::string& name, const Rows& emb, const Rows& bank, int thread
   const Matrix queries = matrix(emb), captions = matrix(bank);
   if (queries.depth != captions.depth || queries.type != captions.type)
     throw std::invalid_argument("kernels: embeddings and bank do not fit together");
+  if (threads < 1) throw std::invalid_argument("kernels: expected threads");
   return {engine(name, queries.type), queries, captions, threads};
 }
 
@@ -41,6 +43,13 @@ void expect(bool fits, const char* what) {
 }
 
 std::span<const std::int64_t> span_of(const Longs& numbers) { return {numbers.data(), numbers.size()}; }
+
+// Callers check what they can read; a compiled program's indices are seen here first.
+void expect_captions(const Longs& indices, std::int64_t lowest, const Rows& bank) {
+  for (const std::int64_t index : span_of(indices))
+    if (index < lowest || index >= static_cast<std::int64_t>(bank.shape(0)))
+      throw std::invalid_argument("kernels: there is no caption " + std::to_string(index));
+}
 
 void bind_softmax(nb::module_& module) {
   module.def("bank_softmax", [](const std::string& name, int threads, Rows emb, Rows bank, float scale, Floats lse, Floats mean) {
@@ -57,6 +66,7 @@ void bind_stats(nb::module_& module) {
     const Call asked = call(name, emb, bank, threads);
     const std::size_t rows = emb.shape(0);
     expect(first.size() == rows && last.size() == rows, "the choice");
+    expect_captions(captions, 0, bank);
     expect(lse.size() == rows && best.size() == rows && greater.size() == rows && equal.size() == rows, "the outputs");
     const nb::gil_scoped_release released;
     bank_stats(asked, scale, {span_of(captions), span_of(first), span_of(last)}, lse.data(), best.data(), greater.data(),
@@ -68,11 +78,13 @@ void bind_chosen(nb::module_& module) {
   module.def("pair_scores", [](const std::string& name, int threads, Rows emb, Rows bank, Longs indices, Floats scores) {
     const Call asked = call(name, emb, bank, threads);
     expect(indices.ndim() == 2 && indices.shape(0) == emb.shape(0) && scores.size() == indices.size(), "the indices");
+    expect_captions(indices, -1, bank);
     const nb::gil_scoped_release released;
     pair_scores(asked, indices.data(), static_cast<std::int64_t>(indices.shape(1)), scores.data());
   });
   module.def("bank_topk", [](const std::string& name, int threads, Rows emb, Rows bank, int k, Floats scores, Longs indices) {
     const Call asked = call(name, emb, bank, threads);
+    expect(k >= 1 && k <= kMostTop, "k");
     expect(scores.size() == emb.shape(0) * k && indices.size() == scores.size(), "the outputs");
     const nb::gil_scoped_release released;
     bank_topk(asked, k, scores.data(), indices.data());

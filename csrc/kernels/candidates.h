@@ -99,8 +99,7 @@ inline int place_of(const TopkRow& row, int i) {
 
 // Best first. For so few, counting what comes before each is faster than a sort, whose branches nobody can predict.
 inline void sort_best(TopkRow& row, int k) {
-  constexpr int kMost = 1024;
-  std::int32_t keys[kMost], indices[kMost];
+  std::int32_t keys[kMostTop], indices[kMostTop];
   keep_best(row, k);
   for (int i = 0; i < kLanes; ++i) row.keys[row.count + i] = std::numeric_limits<std::int32_t>::min();  // below every key
   for (int i = 0; i < row.count; ++i) {

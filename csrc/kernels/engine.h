@@ -20,7 +20,8 @@ struct SoftmaxRow {
   double total;
 };
 
-// With a mean of the bank: `mixed` is the sum of the weights as the second product takes them, rounded or not.
+// With a mean of the bank: `mixed` is the sum of the weights as the second product takes them, rounded or not; where a later
+// panel of the tile raised the maximum, the weights were rounded once more than their sum.
 struct MixedRow {
   SoftmaxRow softmax;
   double mixed;
@@ -69,8 +70,9 @@ struct Part {
   int first, begin, end;
 };
 
+constexpr int kMostTop = 1024;  // of a top-k
+
 struct Engine {
-  const char* isa;
   const char* precision;
   int rows, tile;
   const Engine* fallback;  // takes over where packing refuses (below); null where it never does

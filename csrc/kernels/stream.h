@@ -6,7 +6,8 @@
 // it passes over the tile. Packing is shared, so its cost per thread falls with the number of threads as the rest does.
 //
 // Each row belongs to one task per chunk and meets the bank in ascending order: results do not depend on the number of
-// threads, on the size of the batch or of the chunk.
+// threads, on the size of the batch or of the chunk. (One exception: where float32 is split into bfloat16, a number that cannot
+// be split sends the whole call to multiply-adds, which round the other rows differently too.)
 #pragma once
 
 #include <cstdint>

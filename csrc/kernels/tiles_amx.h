@@ -39,9 +39,9 @@ struct Tiles {
   static void load(const float* from, std::ptrdiff_t stride) {
     memory_barrier();
     _tile_loadd(0, from, stride * 4);
-    _tile_loadd(1, from + 16, stride * 4);
-    _tile_loadd(2, from + 16 * stride, stride * 4);
-    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
+    _tile_loadd(1, (from + 16), stride * 4);  // brackets: GCC's is a macro
+    _tile_loadd(2, (from + 16 * stride), stride * 4);
+    _tile_loadd(3, (from + 16 * stride + 16), stride * 4);
   }
   static void left(const void* tiles) {
     _tile_loadd(4, tiles, 64);

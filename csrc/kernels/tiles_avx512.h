@@ -6,7 +6,7 @@
 // broadcast. That reaches what the multipliers can do, so there is no need for blocks that stay in registers, nor for other
 // layouts than AMX's.
 //
-// The even member of a pair is added first, then the odd one, each rounded; denormal numbers count as zero (Intel SDM, volume 2).
+// The odd member of a pair is added first, then the even one, each rounded; denormal numbers count as zero (Intel SDM, volume 2).
 #pragma once
 
 #include <immintrin.h>

@@ -29,8 +29,7 @@ double multiply_adds(std::int64_t rounds) {
 
 template <class Products>
 constexpr Engine engine(const Engine* fallback) {
-  return {.isa = PAIRCLIP_VARIANT_NAME,
-          .precision = Products::kPrecision,
+  return {.precision = Products::kPrecision,
           .rows = Products::kRows,
           .tile = Products::kTile,
           .fallback = fallback,

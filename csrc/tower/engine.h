@@ -10,7 +10,6 @@ struct Range {
 };
 
 struct Engine {
-  const char* isa;
   int number_bytes;
   std::size_t (*workspace_bytes)(const Shape& shape, int threads);
 

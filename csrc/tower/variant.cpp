@@ -137,8 +137,7 @@ void activate(Activation activation, const float* numbers, int count, float* val
 }
 
 template <class T>
-constexpr Engine kEngine{.isa = PAIRCLIP_VARIANT_NAME,
-                         .number_bytes = sizeof(T),
+constexpr Engine kEngine{.number_bytes = sizeof(T),
                          .workspace_bytes = workspace_bytes<T>,
                          .begin = begin,
                          .end = end,

@@ -89,7 +89,7 @@ struct Sizes {
   std::size_t boundary, block, shared, scratch;
 
   explicit Sizes(const Shape& shape) {
-    Cursor one(nullptr), two(nullptr), three(nullptr);
+    Cursor one(nullptr), two(nullptr);
     boundary = matrix_numbers(shape, shape.panels()) * sizeof(T);
     take_block<T>(shape, one);
     take_scratch<T>(shape, two);

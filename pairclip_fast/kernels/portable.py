@@ -36,7 +36,7 @@ def bank_softmax(emb: Tensor, bank: Tensor, scale: Tensor) -> tuple[Tensor, Tens
             total = total * shrink + scores.sub_(high).exp_().sum(dim=1, keepdim=True)
             out.mul_(shrink).addmm_(scores, block)
         out.div_(total)
-        lse[rows] = (high + total.log()).squeeze(1)
+        lse[rows] = torch.where(high == torch.inf, high, high + total.log()).squeeze(1)
     return lse, mean
 
 

@@ -26,8 +26,8 @@ class ImageEncoder(nn.Module):
 
     feature_width: int
     recompute = False
-    """Drop the blocks' activations and compute them again in the backward pass: the same gradients bit for bit, for less memory
-    and a second forward pass."""
+    """Drop the blocks' activations and compute them again in the backward pass: less memory for a second forward pass. The same
+    gradients bit for bit, but transformer blocks that C++ would have trained are torch's then, which round differently."""
 
     def run(self, part: nn.Module, inputs: Tensor) -> Tensor:
         """`part(inputs)`, recomputed later if so set. Nothing in our encoders draws random numbers."""

@@ -5,7 +5,7 @@ kernels. It does grow evenly with the pairs, so real steps on noise at three sma
 give the line from which any size follows. On two CPU cores the predictions for `vit`, `fast` and `enhanced` at 64 pairs came
 within 5 % of the later peak.
 
-The batch size stays: smaller micro-batches give the same gradient of the bank loss, recomputing gives the same bits. On a
+The batch size stays: smaller micro-batches and recomputing give the same gradient of the bank loss up to rounding. On a
 GPU the budget is for torch's pool on the device, on a CPU for the process, mapped shards included.
 """
 

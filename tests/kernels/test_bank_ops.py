@@ -321,3 +321,9 @@ def test_the_implementation_is_named_with_its_reason(backend: str) -> None:
     found = ops.implementation(torch.device("cpu"), dtype=torch.float32, dim=64)
     assert found.name == backend
     assert ("C++" if backend == "cpp" else VARIABLE) in found.reason
+
+
+def test_an_infinite_score_has_an_infinite_log_sum_exp() -> None:
+    emb, bank = torch.tensor([[1.0, 2.0]]), torch.tensor([[torch.inf, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    for found in (portable.bank_softmax(emb, bank, SCALE)[0], ops.bank_softmax(emb, bank, SCALE)[0]):
+        assert found.item() == reference.bank_softmax(emb, bank, SCALE)[0].item() == torch.inf

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pairclip_fast.kernels import cpp, reference
-from pairclip_fast.kernels.choice import Kernels
 from pairclip_fast.native import native
 
 ENGINES: list[str] = native().module.kernels.engines() if native().module else []
@@ -316,5 +315,30 @@ def test_a_wrong_kernel_is_caught(fault: str) -> None:
         CHECKS[fault](Wrong(fault))
 
 
-def test_an_engine_has_the_four_operations() -> None:
-    assert isinstance(Engine("portable"), Kernels)
+def test_an_index_that_nobody_checked_is_refused_before_memory_is_read(engine: Engine) -> None:
+    """As a compiled program passes them, which reads no values while it is traced."""
+    emb, bank, scale = unit(3, 8, seed=0, dtype=torch.float32), unit(9, 8, seed=1, dtype=torch.float32), torch.tensor(1.0)
+    for wrong in (9, 2**40, -2):
+        with pytest.raises(ValueError, match=f"no caption {wrong}"):
+            engine.pair_scores(emb, bank, torch.tensor([[0], [1], [wrong]]))
+        with pytest.raises(ValueError, match=f"no caption {wrong}"):
+            engine.bank_stats(emb, bank, scale, torch.tensor([0, wrong, 1]), None)
+    with pytest.raises(ValueError, match="k"):
+        engine.bank_topk(emb, bank, 0)
+
+
+def test_helpers_treat_denormal_numbers_as_their_caller_does() -> None:
+    """Whatever the setting was when the pool's threads began."""
+    emb = bank = torch.full((512, 8), 1e-20)
+    indices = torch.arange(8).expand(512, 8).contiguous()
+    engine, threads = Engine(ENGINES[-1]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        engine.pair_scores(emb, bank, indices)
+        for flushed in (True, False, True):
+            torch.set_flush_denormal(flushed)
+            counts = {int(engine.pair_scores(emb, bank, indices).count_nonzero()) for _ in range(20)}
+            assert counts == {0 if flushed else indices.numel()}
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
