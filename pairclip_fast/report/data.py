@@ -227,13 +227,17 @@ def _bank_metadata(path: Path, problems: list[str]) -> dict[str, str]:
 
 
 def _evaluations(folder: Path, events: list[Event], problems: list[str]) -> dict[str, Evaluation]:
-    """Files first; a split that has none yet takes the best (else the latest) evaluation event."""
+    """Files first; a split that has none yet takes the best (else the latest) evaluation event.
+
+    Files of other names are results on other data, not the run's.
+    """
     found: dict[str, Evaluation] = {}
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+    for split in SPLITS:
+        path = folder / f"{split}.json"
         metrics = _read_table(path, problems)
         if metrics:
             arrays = read_arrays(path.with_suffix(".npz"), problems=problems)
-            found[path.stem] = Evaluation(path.stem, metrics, arrays, f"evaluations/{path.name}")
+            found[split] = Evaluation(split, metrics, arrays, f"evaluations/{path.name}")
     files, best = set(found), set()
     for event in events:
         split, result = str(event.get("split")), event.get("metrics")

@@ -53,6 +53,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(name: str) -> int:
+    """The optimizer step that a checkpoint's name stands for."""
+    return int(name.removeprefix("step-"))
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -171,7 +176,7 @@ class CheckpointStore:
         return None
 
     def _write(self, temporary: Path, snapshot: Snapshot, *, step: int) -> None:
-        parent = next((int(name.removeprefix("step-")) for name in self.names()), None)
+        parent = next((checkpoint_step(name) for name in self.names()), None)
         self._fs.mkdir(temporary)
         self._fs.fsync_folder(self.folder.parent)
         contents = {

@@ -14,7 +14,7 @@ from pairclip_fast.telemetry.timing import words_for_seconds
 from pairclip_fast.text.bank import CaptionBank, bank_for
 from pairclip_fast.train import run_folder
 from pairclip_fast.train.budget import within_budget
-from pairclip_fast.train.checkpoint import CheckpointStore, load
+from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_step, load
 from pairclip_fast.train.denormals import denormals_as_zeros
 from pairclip_fast.train.device import choose_device
 from pairclip_fast.train.distributed import Processes, join
@@ -116,7 +116,7 @@ def run_eval(options: EvalOptions, *, events: EventLog | None = None) -> dict[st
     """Evaluate a run's best weights on a split of its own or another data folder, and keep the result in the run folder.
 
     Returns:
-        The metrics of `evaluations/<split>.json`.
+        The metrics of `evaluations/<split>.json`, or of `<split>-<digest>.json` for other data than the run's.
 
     Raises:
         ConfigError: not a run folder.
@@ -146,10 +146,10 @@ def run_eval(options: EvalOptions, *, events: EventLog | None = None) -> dict[st
         events=events,
     )
     try:
-        evaluation = evaluator(module)
+        evaluation = evaluator.final(module, step=checkpoint_step(path.name))
     finally:
         evaluator.close()
-    write_evaluation(run, evaluation)
+    write_evaluation(run, evaluation, name=evaluator.name)
     return dict(evaluation.metrics)
 
 

@@ -27,6 +27,8 @@ from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.loop import LossModule
 
 FOLDER = "evaluations"
+DIGITS = 8
+"""Of the digest of other data, in the name of a result on it."""
 BATCH_PAIRS = 256
 """Pairs per evaluation batch; results do not depend on it."""
 
@@ -67,7 +69,7 @@ class UnderAutocast(nn.Module):
 class Evaluator:
     """Ranks the captions for the pairs of one split, with the bank and the pixel statistics of the run.
 
-    With several processes each ranks its share, and all get the result.
+    With several processes each ranks its share, and all get the result. A result on other data than the run's has another name.
 
     Args:
         data: Data folder.
@@ -105,6 +107,11 @@ class Evaluator:
             with ShardReader(data, split) as reader:
                 reader.check(np.arange(len(reader)))
         self.split, self._bank, self._events, self._processes = split, bank, events, processes
+        self._digest, own = manifest.digest, manifest.digest == trained_on.digest
+        self.name = split if own else f"{split}-{manifest.digest[:DIGITS]}"
+        if not own:
+            warning = doubt(manifest, trained_on, split=split)
+            events.note(f"{data} holds other data than the run's{warning}; the result goes to {FOLDER}/{self.name}.json")
         self._loader = make_loader(
             data,
             split=split,
@@ -143,6 +150,11 @@ class Evaluator:
             )
         finally:
             module.train(training)
+
+    def final(self, module: LossModule, *, step: int) -> Evaluation:
+        """Evaluate the weights after so many steps for the run folder: the metrics say which weights they are of and which data."""
+        evaluation = self(module)
+        return dataclasses.replace(evaluation, metrics=evaluation.metrics | {"step": step, "data": self._digest})
 
     def close(self) -> None:
         """Let go of the loader."""
@@ -192,12 +204,20 @@ def check_fit(manifest: Manifest, *, split: str, trained_on: Manifest, bank: Cap
         )
 
 
-def write_evaluation(run: Path, evaluation: Evaluation) -> None:
-    """Write `evaluations/<split>.json` and `.npz`, each atomically."""
-    folder, split = run / FOLDER, evaluation.metrics["split"]
-    for name, array in evaluation.arrays.items():
-        assert array.dtype != np.dtype(object), f"{name} would be pickled"
+def doubt(manifest: Manifest, trained_on: Manifest, *, split: str) -> str:
+    """What may be wrong with a result on other data; "" if the run held these images out too, and for tests, which no seed moves."""
+    held_out = trained_on.splits.get(split)
+    if split == "test" or (held_out is not None and held_out.contents_sha256 == manifest.splits[split].contents_sha256):
+        return ""
+    return f", and its {split} split may contain images that were trained on"
+
+
+def write_evaluation(run: Path, evaluation: Evaluation, *, name: str) -> None:
+    """Write `evaluations/<name>.json` and `.npz`, each atomically."""
+    folder = run / FOLDER
+    for key, array in evaluation.arrays.items():
+        assert array.dtype != np.dtype(object), f"{key} would be pickled"
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **evaluation.arrays)  # type: ignore[arg-type]
-    write_atomic(folder / f"{split}.npz", buffer.getvalue())
-    write_json(folder / f"{split}.json", evaluation.metrics)
+    write_atomic(folder / f"{name}.npz", buffer.getvalue())
+    write_json(folder / f"{name}.json", evaluation.metrics)

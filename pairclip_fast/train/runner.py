@@ -21,7 +21,7 @@ from pairclip_fast.data.stats import LoaderStats, starvation
 from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger
-from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, load
+from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, checkpoint_step, load
 from pairclip_fast.train.distributed import AGREEMENT_STEPS
 from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
 from pairclip_fast.train.ledgers import Ledgers
@@ -258,14 +258,15 @@ class Runner:
         """Evaluate the best weights once more, with all arrays, and tell the result."""
         progress, metrics = self.progress, None
         if self.evaluator is not None:
-            module = self.trainee.evaluated
+            module, step = self.trainee.evaluated, progress.step
             if progress.best is not None and progress.best.step != progress.step:
                 path = self.store.whole(progress.best.checkpoint) or self.store.newest(quarantine=False)
                 if path is not None:
                     load_module(module, evaluated_weights(load(path, optimizer=False).model), where=path)
-            evaluation = self.evaluator(module)
+                    step = checkpoint_step(path.name)
+            evaluation = self.evaluator.final(module, step=step)
             if self.parts.processes.is_first:
-                write_evaluation(self.run, evaluation)
+                write_evaluation(self.run, evaluation, name=self.evaluator.name)
             metrics = evaluation.metrics
         self.ledgers.lap("evaluation")
         self._account()

@@ -259,14 +259,17 @@ def finished_result(run: Path, *, events: EventLog) -> dict[str, Any] | None:
     progress = Progress.from_json(load(path, optimizer=False).state.get("progress"), where=path)
     if progress.finished is None:
         return None
+    if progress.best is None:
+        return result(run, progress, metrics=None, pflop=None)
     try:
         metrics = json.loads((run / EVALUATIONS / "val.json").read_bytes())
+        step = metrics.get("step")
     except FileNotFoundError:
-        if progress.best is not None:
-            return None  # stopped between the last epoch and the final evaluation
-        metrics = None
-    except ValueError as error:
+        return None  # stopped between the last epoch and the final evaluation
+    except (ValueError, AttributeError) as error:
         raise CheckpointError("the run's evaluation is damaged", where=run / EVALUATIONS / "val.json", got=error) from error
+    if step not in (progress.best.step, progress.step):
+        return None  # likewise, and somebody had evaluated the run while it was going on
     return result(run, progress, metrics=metrics, pflop=None)
 
 

@@ -13,13 +13,17 @@ import pytest
 import torch
 from tiny_runs import STEPS, Options, tree
 
-from pairclip_fast.data.manifest import MANIFEST_NAME
+from pairclip_fast.data.commands import run_shard
+from pairclip_fast.data.manifest import MANIFEST_NAME, read_manifest
+from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
-from pairclip_fast.events import read_events
+from pairclip_fast.events import Event, EventLog, read_events
 from pairclip_fast.kernels.ops import implementation
+from pairclip_fast.report.commands import run_report
 from pairclip_fast.train import precision
 from pairclip_fast.train.commands import render_eval, render_train, run_eval, run_train
 from pairclip_fast.train.options import EvalOptions, TrainOptions
+from pairclip_fast.train.starting import finished_result
 
 CONTRACT = {
     "split",
@@ -149,15 +153,53 @@ def test_eval_repeats_the_final_evaluation_and_other_splits_and_folders(
         run_eval(EvalOptions(run=run, data=data))
 
 
-def test_eval_normalises_other_data_as_the_training_was(tmp_path: Path, data: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+def test_eval_normalises_other_data_as_the_training_was(
+    tmp_path: Path, data: Path, whole: tuple[Path, dict[str, Any]], events: EventLog, recorded: list[Event]
+) -> None:
     """The same pictures under a manifest with other statistics must be ranked the same."""
     run, result = shutil.copytree(whole[0], tmp_path / "run"), whole[1]
     manifest = json.loads((data / MANIFEST_NAME).read_bytes())
     changed = {"mean": [value / 2 + 3 for value in manifest["mean"]], "std": [value * 3 for value in manifest["std"]]}
     (data / MANIFEST_NAME).write_text(json.dumps(manifest | changed))
-    metrics = run_eval(EvalOptions(run=run, data=data))
+    metrics = run_eval(EvalOptions(run=run, data=data), events=events)
+    (said,) = [event["message"] for event in recorded if event["event"] == "note"]
+    assert "trained on" not in said, "its pictures are those that were held out"
     assert metrics["top1"] == result["metrics"]["top1"]
     assert metrics["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-5)
+
+
+def test_a_result_on_other_data_is_not_the_runs_own(
+    tmp_path: Path, data_template: Path, whole: tuple[Path, dict[str, Any]], events: EventLog, recorded: list[Event]
+) -> None:
+    """The same pictures split by another seed: most of the val split has been trained on."""
+    run, result, other = shutil.copytree(whole[0], tmp_path / "run"), whole[1], tmp_path / "other"
+    pictures = {"path": data_template.parent / "train", "test_path": data_template.parent / "test"}
+    run_shard(ShardOptions(source="imagefolder", out=other, num_pairs=70, val_fraction=0.2, seed=1, **pictures), events)
+    recorded.clear()
+    metrics = run_eval(EvalOptions(run=run, data=other), events=events)
+    (said,) = [event["message"] for event in recorded if event["event"] == "note"]
+    digest = read_manifest(other).digest
+    name = f"val-{digest[:8]}.json"
+    assert "may contain images that were trained on" in said
+    assert name in said
+    assert (metrics["data"], metrics["step"]) == (digest, result["best"]["step"])
+    assert json.loads((run / "evaluations" / name).read_bytes()) == metrics
+    own = json.loads((run / "evaluations" / "val.json").read_bytes())
+    assert own == result["metrics"]
+    assert (own["data"], own["step"]) == (read_manifest(run).digest, result["best"]["step"])
+    assert run_report(run, events=events)["metrics"]["top1"] == result["metrics"]["top1"]
+    (run / "evaluations" / "val.json").unlink()
+    assert run_report(run, events=events)["split"] == "val", "from the log"
+    assert finished_result(run, events=events) is None
+
+
+def test_a_result_of_other_weights_is_not_the_runs_own(tmp_path: Path, whole: tuple[Path, dict[str, Any]], events: EventLog) -> None:
+    """Somebody evaluates a run that is going on, and the final evaluation never comes."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    path = run / "evaluations" / "val.json"
+    assert finished_result(run, events=events) is not None
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"step": 1}))
+    assert finished_result(run, events=events) is None
 
 
 def test_eval_refuses_other_classes_and_missing_splits(tmp_path: Path, data: Path, whole: tuple[Path, dict[str, Any]]) -> None:
