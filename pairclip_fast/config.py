@@ -1,7 +1,7 @@
 """The whole run as one frozen value: dataclasses, presets (TOML), and the rules that tie fields together.
 
 A run is described by a `RunConfig`. It starts as a preset, is overlaid with `--config FILE` (same tables, any subset of
-keys), then with the flags; the result is checked once and written to the run folder, from where the run can be repeated.
+keys) and the flags at once; the result is checked and written to the run folder, from where the run can be repeated.
 The line under a field is its documentation and, where it is a flag, its help text. Nothing here imports torch.
 """
 

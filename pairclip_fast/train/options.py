@@ -7,7 +7,9 @@ a typo in a flag or a key is answered at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +80,8 @@ class EvalOptions:
     """Print one JSON object."""
 
 
-def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> RunConfig:
-    """Preset, overlaid with the config file, overlaid with the flags.
+def resolve_config(options: TrainOptions, *, base: RunConfig | None = None, only: Container[str] | None = None) -> RunConfig:
+    """Preset, overlaid with the config file, overlaid with the flags; what comes of all three is checked.
 
     Two things follow a flag because no other flag could mend them: fewer epochs than the warm-up shrink it in
     proportion, and `--loss infonce` switches label smoothing and mixing off.
@@ -87,18 +89,23 @@ def resolve_config(options: TrainOptions, *, base: RunConfig | None = None) -> R
     Args:
         options: The flags.
         base: Start from this configuration (a resumed run's) instead of the preset.
+        only: Take over these fields (`train.device`) and no others.
 
     Raises:
         ConfigError: unknown preset or key, wrong type, or values that do not fit together.
     """
     tables = read_toml(options.config) if options.config is not None else {}
-    if base is None:
-        base = load_preset(options.preset or str(tables.get("preset", DEFAULT_PRESET)))
     if options.preset is not None:
         tables["preset"] = options.preset
-    config = overlay(base, tables, where=str(options.config)) if tables else base
-    flags = _flag_tables(options, config)
-    return overlay(config, flags, where="the command line") if flags else config
+    if base is None:
+        base = load_preset(str(tables.get("preset", DEFAULT_PRESET)))
+    for name, flags in _flag_tables(options, tables, base).items():
+        if isinstance(tables.setdefault(name, {}), dict):  # what is no table is refused below
+            tables[name] = tables[name] | flags
+    if only is not None:
+        named = {name: table for name, table in tables.items() if isinstance(table, dict)}
+        tables = {name: {key: value for key, value in table.items() if f"{name}.{key}" in only} for name, table in named.items()}
+    return overlay(base, tables, where="the command line" if options.config is None else str(options.config))
 
 
 def budget_bytes(options: TrainOptions) -> int | None:
@@ -117,17 +124,25 @@ def budget_bytes(options: TrainOptions) -> int | None:
     return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1))
 
 
-def _flag_tables(options: TrainOptions, config: RunConfig) -> dict[str, Any]:
-    """The given flags as configuration tables."""
+def _flag_tables(options: TrainOptions, file: dict[str, Any], base: RunConfig) -> dict[str, Any]:
+    """The given flags as configuration tables, and what follows them in `base` overlaid with the file's tables."""
+
+    def before(table: str, field: str) -> float:
+        """A number as it is without the flags; NaN, which nothing follows, for what will be refused."""
+        given, value = file.get(table), getattr(getattr(base, table), field)
+        value = given.get(field, value) if isinstance(given, dict) else value
+        return value if isinstance(value, int | float) else math.nan
+
     train = {name: getattr(options, name) for name in ("epochs", "batch_size", "loader", "on_bad_record", "compile", "device", "seed")}
     train = {name: value for name, value in train.items() if value is not None}
     if options.amp:
         train["amp"] = True
     tables: dict[str, Any] = {"train": train, "optimizer": {}, "loss": {}, "bank": {}}
     if options.lr is not None:
-        tables["optimizer"] = {"lr": options.lr, "final_lr": min(config.optimizer.final_lr, options.lr)}
-    if options.epochs is not None and 0 < options.epochs < config.optimizer.warmup_epochs:
-        tables["optimizer"]["warmup_epochs"] = config.optimizer.warmup_epochs * options.epochs / config.train.epochs
+        tables["optimizer"] = {"lr": options.lr} | ({"final_lr": options.lr} if before("optimizer", "final_lr") > options.lr else {})
+    warmup, epochs = before("optimizer", "warmup_epochs"), before("train", "epochs")
+    if options.epochs is not None and 0 < options.epochs < warmup <= epochs:
+        tables["optimizer"]["warmup_epochs"] = warmup * options.epochs / epochs
     if options.loss is not None:
         tables["loss"] = {"kind": options.loss} | ({"label_smoothing": 0.0} if options.loss == "infonce" else {})
         tables["augment"] = {"mix": "none"} if options.loss == "infonce" else {}

@@ -23,7 +23,8 @@ from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versi
 from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK = "config.toml", "environment.json", "events.jsonl", "run.lock"
-PLACEMENT_FIELDS = ("train.device", "train.compile", "train.recompute", "train.loader", "train.save_minutes", "train.tensorboard")
+RECOMPUTE = "train.recompute"
+PLACEMENT_FIELDS = ("train.device", "train.compile", RECOMPUTE, "train.loader", "train.save_minutes", "train.tensorboard")
 """May change on resume: they say where and how the same training is computed. Every other field decides the result."""
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "transformers", "webdataset", "nvidia-dali-cuda130", "triton")
 
@@ -113,13 +114,18 @@ def differences(before: dict[str, Any], after: dict[str, Any], *, prefix: str = 
     return lines
 
 
+def decisive_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Those of the differences that change the result."""
+    return [line for line in differences(before, after) if line.partition(":")[0].removeprefix("config.") not in PLACEMENT_FIELDS]
+
+
 def refuse_differences(before: dict[str, Any], after: dict[str, Any], *, where: object) -> None:
     """Raise a `ConfigError` that names what a resumed run would do differently; placement may differ.
 
     Raises:
         ConfigError: see above.
     """
-    lines = [line for line in differences(before, after) if line.partition(":")[0].removeprefix("config.") not in PLACEMENT_FIELDS]
+    lines = decisive_differences(before, after)
     if lines:
         raise ConfigError(
             "the run was started differently",
@@ -156,10 +162,32 @@ def write_environment(folder: Path, *, facts: dict[str, Any], events: EventLog) 
 
 
 def _resumed_config(folder: Path, options: TrainOptions) -> RunConfig:
+    """The stored configuration, placed as the options say, if they mean this run.
+
+    They do if they would start it again, as those of a job that is requeued do, and if they change nothing in what is stored.
+    """
     stored = stored_config(folder)
-    wanted = resolve_config(options, base=stored)
-    refuse_differences(dataclasses.asdict(stored), dataclasses.asdict(wanted), where=folder)
-    return wanted
+    before = dataclasses.asdict(stored)
+    if not _would_start(stored, options):
+        refuse_differences(before, _asked(options, stored=stored, base=stored), where=folder)
+    kept = () if options.memory_budget is None else (RECOMPUTE,)
+    return resolve_config(options, base=stored, only=set(PLACEMENT_FIELDS).difference(kept))
+
+
+def _would_start(stored: RunConfig, options: TrainOptions) -> bool:
+    """Whether the options, without a run to resume, mean the stored configuration."""
+    try:
+        return not decisive_differences(dataclasses.asdict(stored), _asked(options, stored=stored, base=None))
+    except ConfigError:  # they may leave the preset to the run
+        return False
+
+
+def _asked(options: TrainOptions, *, stored: RunConfig, base: RunConfig | None) -> dict[str, Any]:
+    """The configuration that the options ask for, but for the pieces into which a memory budget has cut the stored run's batches."""
+    tables = dataclasses.asdict(resolve_config(options, base=base))
+    if options.memory_budget is not None and stored.optimizer.accumulate % tables["optimizer"]["accumulate"] == 0:
+        tables["optimizer"]["accumulate"] = stored.optimizer.accumulate
+    return tables
 
 
 def _newest_run(options: TrainOptions) -> Path:

@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pairclip_fast.config import load_preset
 from pairclip_fast.errors import ConfigError
 from pairclip_fast.train.options import TrainOptions, resolve_config
+from pairclip_fast.train.run_folder import choose, write_config
 
 
 def test_no_options_is_the_default_preset() -> None:
@@ -91,6 +93,54 @@ def test_the_default_temperature_of_presets_is_untouched_by_flags() -> None:
 def test_nonsense_is_refused_with_the_field(options: TrainOptions, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         resolve_config(options)
+
+
+ONE_COMMAND_LINE = [
+    ("[optimizer]\nwarmup_epochs = 2.0\n", {"epochs": 1}),
+    ("[optimizer]\nfinal_lr = 1e-3\n", {"lr": 1e-4}),
+    ("[loss]\nlabel_smoothing = 0.1\n", {"loss": "infonce"}),
+    ("[augment]\nmix = 'mixup'\n", {"loss": "infonce"}),
+    ("[optimizer]\naccumulate = 3\n", {"batch_size": 96}),
+    ("[train]\nbatch_size = 96\n[optimizer]\naccumulate = 3\n", {"batch_size": 144}),
+    ("[train]\nepochs = 3\n", {"preset": "fast", "epochs": 1, "device": "cpu"}),
+]
+"""A file, and flags that the file does not fit to alone or whose consequences it does not fit to."""
+
+
+@pytest.mark.parametrize(("file", "flags"), ONE_COMMAND_LINE)
+def test_the_command_line_that_started_a_run_resumes_it(tmp_path: Path, file: str, flags: dict[str, Any]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(file)
+    options = TrainOptions(config=path, out=tmp_path / "run", data=tmp_path, resume=True, **flags)
+    started = choose(options)
+    assert not started.resumes
+    write_config(started.folder, started.config)
+    again = choose(options)
+    assert again.resumes
+    assert again.config == started.config
+    with pytest.raises(ConfigError):
+        choose(dataclasses.replace(options, seed=3))
+
+
+def test_a_resumed_run_is_placed_as_the_options_say_and_else_as_it_was(tmp_path: Path) -> None:
+    options = TrainOptions(out=tmp_path / "run", data=tmp_path, resume=True, device="cpu", loader="native")
+    write_config(tmp_path / "run", choose(options).config)
+    train = choose(dataclasses.replace(options, device=None, loader="reference", compile="off")).config.train
+    assert (train.device, train.loader, train.compile) == ("cpu", "reference", "off")
+
+
+@pytest.mark.parametrize("preset", [None, "fast"])
+def test_what_a_memory_budget_has_settled_stays(tmp_path: Path, preset: str | None) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[optimizer]\naccumulate = 2\n[train]\nrecompute = false\n")
+    options = TrainOptions(preset="fast", config=path, out=tmp_path / "run", data=tmp_path, resume=True, memory_budget="2GiB")
+    config = choose(options).config
+    pieces, train = (dataclasses.replace(config.optimizer, accumulate=8), dataclasses.replace(config.train, recompute=True))
+    settled = dataclasses.replace(config, optimizer=pieces, train=train)
+    write_config(tmp_path / "run", settled)
+    assert choose(dataclasses.replace(options, preset=preset)).config == settled
+    with pytest.raises(ConfigError, match=r"optimizer\.accumulate: 8 -> 2"):
+        choose(dataclasses.replace(options, preset=preset, memory_budget=None))
 
 
 def test_options_and_run_folders_do_not_import_torch() -> None:
