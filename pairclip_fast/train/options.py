@@ -83,7 +83,7 @@ class EvalOptions:
 def resolve_config(options: TrainOptions, *, base: RunConfig | None = None, only: Container[str] | None = None) -> RunConfig:
     """Preset, overlaid with the config file, overlaid with the flags; what comes of all three is checked.
 
-    Two things follow a flag because no other flag could mend them: fewer epochs than the warm-up shrink it in
+    Two things follow a flag because no other flag could mend them: epochs that the warm-up would fill shrink it in
     proportion, and `--loss infonce` switches label smoothing and mixing off.
 
     Args:
@@ -141,7 +141,7 @@ def _flag_tables(options: TrainOptions, file: dict[str, Any], base: RunConfig) -
     if options.lr is not None:
         tables["optimizer"] = {"lr": options.lr} | ({"final_lr": options.lr} if before("optimizer", "final_lr") > options.lr else {})
     warmup, epochs = before("optimizer", "warmup_epochs"), before("train", "epochs")
-    if options.epochs is not None and 0 < options.epochs < warmup <= epochs:
+    if options.epochs is not None and 0 < options.epochs <= warmup <= epochs:
         tables["optimizer"]["warmup_epochs"] = warmup * options.epochs / epochs
     if options.loss is not None:
         tables["loss"] = {"kind": options.loss} | ({"label_smoothing": 0.0} if options.loss == "infonce" else {})

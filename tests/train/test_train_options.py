@@ -74,6 +74,9 @@ def test_a_low_rate_lowers_the_final_one_and_few_epochs_shorten_the_warmup() -> 
     config = resolve_config(TrainOptions(preset="enhanced", lr=1e-6, epochs=1))
     assert (config.optimizer.lr, config.optimizer.final_lr) == (1e-6, 1e-6)
     assert config.optimizer.warmup_epochs == pytest.approx(enhanced.optimizer.warmup_epochs / enhanced.train.epochs)
+    as_many = resolve_config(TrainOptions(preset="enhanced", epochs=2))
+    assert as_many.optimizer.warmup_epochs == pytest.approx(0.2), "or the whole run would be warm-up"
+    assert resolve_config(TrainOptions(preset="enhanced", epochs=3)).optimizer.warmup_epochs == enhanced.optimizer.warmup_epochs
 
 
 def test_the_default_temperature_of_presets_is_untouched_by_flags() -> None:
