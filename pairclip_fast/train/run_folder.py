@@ -23,6 +23,8 @@ from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versi
 from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK = "config.toml", "environment.json", "events.jsonl", "run.lock"
+BEGUN = (LOCK, EVENTS)
+"""All that a first start leaves which fails before the run is set up: the next one may use the folder."""
 RECOMPUTE = "train.recompute"
 PLACEMENT_FIELDS = ("train.device", "train.compile", RECOMPUTE, "train.loader", "train.save_minutes", "train.tensorboard")
 """May change on resume: they say where and how the same training is computed. Every other field decides the result."""
@@ -65,7 +67,7 @@ def choose(options: TrainOptions) -> Chosen:
     if options.resume and (folder / CONFIG).is_file():
         config = _resumed_config(folder, options)
         return Chosen(folder, config, options.data or recorded_data(folder), resumes=True)
-    if folder.exists() and (not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(entry.name not in BEGUN for entry in folder.iterdir())):
         fix = "continue it with --resume, or choose another --out" if (folder / CONFIG).is_file() else "choose another --out"
         if (folder / CONFIG).is_file() and not options.dry_run:
             FolderLock(folder).release()  # a run that is going on is a clearer answer than a folder that is not empty

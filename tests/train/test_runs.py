@@ -238,3 +238,4 @@ def test_tensorboard_is_a_view_or_a_clear_error(options: Options, tmp_path: Path
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(EnvironmentLackingError, match=r"pip install 'pairclip-fast\[tensorboard\]'"):
         run_train(options({"train.tensorboard": True}))
+    assert run_train(options({"train.epochs": 1}))["reason"] == "epochs", "the folder of a run that never began can be used"
