@@ -27,7 +27,7 @@ def run_report(run: Path, *, events: EventLog) -> dict[str, Any]:
         events: Told about files that could not be read.
 
     Returns:
-        `path`, `bytes`, `state` ("finished", "stopped", "open"), `sentence`, `split`, `metrics` (plain numbers of that
+        `path`, `bytes`, `state` ("finished", "stopped", "failed", "open"), `sentence`, `split`, `metrics` (plain numbers of that
         split), `ratio_to_chance` of top-1 (None where unknown), `fallbacks` and `problems`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pairclip_fast.events import Event
 from pairclip_fast.report.data import Run, number
-from pairclip_fast.report.words import shown
+from pairclip_fast.report.words import first_line, shown
 
 FACTS_LIMIT = 400
 """Rows of the configuration or environment table."""
@@ -143,8 +143,8 @@ def _described(event: Event) -> tuple[str, str]:
         reason = event.get("reason")
         words = {"epochs": "Finished: all epochs done", "early_stop": "Finished: stopped early", "interrupted": "Stopped: interrupted"}
         took = duration(number(event.get("seconds")))
-        text = words.get(str(reason), f"Ended: {shown(reason)}")
-        return text + at + (f", after {took}" if took else ""), "bad" if reason == "interrupted" else "good"
+        text = f"Failed: {first_line(event.get('error'))}" if reason == "failed" else words.get(str(reason), f"Ended: {shown(reason)}")
+        return text + at + (f", after {took}" if took else ""), "bad" if reason in ("interrupted", "failed") else "good"
     resumed = number(event.get("resumed_step"))
     return (f"Resumed from step {resumed:,.0f}" if resumed > 0 else "Started"), ""
 

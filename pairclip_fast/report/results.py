@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from pairclip_fast.report.data import Evaluation, Run, number
-from pairclip_fast.report.words import shown
+from pairclip_fast.report.words import first_line, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Headline:
     """The first thing a reader sees.
 
     Args:
-        state: "finished", "stopped" or "open".
+        state: "finished", "stopped", "failed" or "open".
         state_text: How the run ended, or that no end is on record.
         sentence: The result in one sentence.
         split: Split it was measured on, "" without any evaluation.
@@ -151,6 +151,8 @@ def _state(run: Run) -> tuple[str, str]:
         at = f"last logged step {steps[-1]:,}" if steps else "no step logged yet"
         return "open", f"No end on record: the run is still going or was killed ({at})."
     reason = finished.get("reason")
+    if reason == "failed":
+        return "failed", f"Failed: {first_line(finished.get('error'))}."
     step = number(finished.get("step"))
     at = f" at step {step:,.0f}" if math.isfinite(step) else ""
     words = {

@@ -12,3 +12,8 @@ def shown(value: object, *, limit: int = SHORT_TEXT) -> str:
     """`value` as one line without control characters, shortened in the middle."""
     text = printable(value, limit=8 * limit).replace("\n", "\\n")
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 6 :]}"
+
+
+def first_line(value: object) -> str:
+    """What an error says before it says where and why."""
+    return shown(str(value).partition("\n")[0])

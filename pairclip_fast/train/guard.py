@@ -76,5 +76,6 @@ class FiniteGuard:
             where=f"step {step}",
             expected="finite numbers",
             got=f"loss {loss}, gradient norm {grad_norm}, samples {samples[:IDS_SHOWN]}",
-            fix="the last checkpoint is untouched: lower --lr, switch --amp off, or look at these samples",
+            fix="the last checkpoint is untouched: look at these samples, or start a new run with a lower --lr (with muon also a lower"
+            " optimizer.muon_lr, in a --config file) or without --amp",
         )

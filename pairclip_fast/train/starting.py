@@ -13,7 +13,7 @@ import torch
 
 from pairclip_fast.config import RunConfig
 from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from pairclip_fast.errors import CheckpointError, ConfigError, DataError, PairclipError
+from pairclip_fast.errors import CheckpointError, ConfigError, DataError, PairclipError, one_line
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.storage import FolderLock, write_atomic
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger
@@ -32,6 +32,7 @@ from pairclip_fast.train.progress import Progress
 from pairclip_fast.train.run_folder import Chosen
 from pairclip_fast.train.runner import Runner, out_of_memory, result
 from pairclip_fast.train.setup import Parts, build_trainee, prepare, run_bank, train_loader
+from pairclip_fast.train.signals import STOPPING
 from pairclip_fast.train.state import restore
 
 CHECKPOINTS = "checkpoints"
@@ -91,9 +92,18 @@ def train(
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, config=chosen.config, where="before the first step") from error
             return runner.finish()
-        except PairclipError as error:
-            log.emit("note", message=str(error))  # for the report; the command line says it
+        except Exception as error:
+            tell_failure(error, events=log)
             raise
+
+
+def tell_failure(error: Exception, *, events: EventLog) -> None:
+    """Why a run ends here, for the report; the command line says it. A stop by a signal is no failure, and its end is on record."""
+    expected = isinstance(error, PairclipError)
+    if expected:
+        events.emit("note", message=str(error))
+    if not isinstance(error, tuple(STOPPING.values())):
+        events.emit("finished", reason="failed", error=str(error) if expected else one_line(error))
 
 
 def set_up(

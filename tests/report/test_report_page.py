@@ -187,6 +187,18 @@ def test_a_run_that_is_still_going(fake_run: MakeRun) -> None:
     assert "the run is still going or was killed (last logged step 270)" in page.words
 
 
+def test_a_run_that_failed(fake_run: MakeRun) -> None:
+    run = fake_run(finished=False, splits=(), epochs=3, resumed=False)
+    error = "the disk is full\n  where: here"
+    with (run / "events.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "finished", "attempt": 1, "reason": "failed", "error": error}) + "\n")
+    page, html, summary = write_report(run)
+    assert_self_contained(page, html)
+    assert summary["state"] == "failed"
+    assert page.words.count("Failed: the disk is full") == 2, "at the top and in the history"
+    assert "still going" not in page.words
+
+
 def test_a_run_that_has_only_begun(fake_run: MakeRun) -> None:
     run = fake_run(splits=(), epochs=2, resumed=False)
     lines = (run / "events.jsonl").read_text().splitlines()

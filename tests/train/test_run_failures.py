@@ -16,6 +16,7 @@ from tiny_runs import STEPS, Options, at_step, hurry, losses, terminate, weights
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import CheckpointError, EnvironmentLackingError, NumericsError, StorageError
 from pairclip_fast.events import EventLog, read_events
+from pairclip_fast.report.commands import run_report
 from pairclip_fast.storage import FileSystem
 from pairclip_fast.train import checkpoint, device, loop, planning, runner
 from pairclip_fast.train.commands import run_train
@@ -84,10 +85,13 @@ def test_numbers_that_are_not_finite_stop_before_the_update(
     with pytest.raises(NumericsError, match="step 5") as caught:
         run_train(options())
     assert caught.value.exit_code == 7
+    assert "a new run with a lower --lr" in str(caught.value), "--resume would refuse it"
     events = read_events(tmp_path / "run" / "events.jsonl")
     (event,) = [event for event in events if event["event"] == "numerics"]
     assert len(event["sample_ids"]) == len(event["caption_ids"]) == 16
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [4]
+    assert (events[-1]["event"], events[-1]["reason"], events[-1]["error"]) == ("finished", "failed", str(caught.value))
+    assert run_report(tmp_path / "run", events=EventLog(None, console=False))["state"] == "failed"
     monkeypatch.undo()
     hurry(monkeypatch)
     run_train(options(resume=True))
@@ -114,13 +118,22 @@ def test_out_of_memory_saves_and_says_what_may_fit(
     assert weights(tmp_path / "run") == weights(whole[0])
 
 
-def test_out_of_memory_before_the_first_step_says_the_same(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_before_the_first_step_says_the_same(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_arguments: Any, **_named: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(planning, "probe", exhausted)
     with pytest.raises(EnvironmentLackingError, match=r"(?s)before the first step.*--batch-size 8"):
         run_train(options())
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1]["reason"] == "failed"
+
+
+def test_a_bug_of_ours_is_an_end_too(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_arguments, **_named: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_train(options())
+    last = read_events(tmp_path / "run" / "events.jsonl")[-1]
+    assert (last["reason"], last["error"]) == ("failed", "ZeroDivisionError: division by zero")
 
 
 @pytest.fixture
@@ -174,7 +187,8 @@ def test_a_signal_does_not_hide_a_bad_loss(
     monkeypatch.setattr(runner, "AGREEMENT_STEPS", 1)
     with pytest.raises(NumericsError, match="step 5"):
         run_train(options(), events=at_step(7, terminate))
-    assert not [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "finished"]
+    reasons = [event["reason"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "finished"]
+    assert reasons == ["failed"]
 
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, when: Callable[[Path], bool]) -> None:
