@@ -107,8 +107,11 @@ def run(options: Options) -> None:
 
             choose(options)  # a wrong configuration is answered before the next line loads torch
             from pairclip_fast.train.commands import render_train, run_train
+            from pairclip_fast.train.distributed import is_first_process
 
-            show(run_train(options), render_train, as_json=options.json)
+            summary = run_train(options)
+            if is_first_process():
+                show(summary, render_train, as_json=options.json)
         case EvalOptions():
             from pairclip_fast.train.run_folder import stored_config
 

@@ -79,13 +79,23 @@ class Processes:
             dist.destroy_process_group()
 
 
+def started_as_one_of_several() -> bool:
+    """Whether the environment has what torchrun tells each of its processes."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run: the first of those that torchrun started, or the only one."""
+    return not started_as_one_of_several() or int(os.environ["RANK"]) == 0
+
+
 def join() -> Processes:
     """Join the processes that torchrun started, as its environment variables say; a single process otherwise.
 
     Raises:
         ConfigError: the variables are incomplete.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not started_as_one_of_several():
         return Processes()
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))

@@ -203,6 +203,17 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_the_first_process_prints_the_result_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pairclip_fast.train.commands.run_train", lambda _options: {"steps": 3})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert capsys.readouterr().out == '{"steps": 3}\n', "one JSON object"
+
+
 def test_dry_run_touches_nothing(tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "work"
     folder.mkdir()
