@@ -329,15 +329,6 @@ def load_preset(name: str) -> RunConfig:
     return overlay(RunConfig(preset=name, model=_model_from(tables, where=name)), tables, where=f"preset {name}")
 
 
-def load_config_file(path: Path, base: RunConfig) -> RunConfig:
-    """`base` overlaid with the tables of a TOML file.
-
-    Raises:
-        ConfigError: the file is missing, is not TOML, or has an unknown key or a wrong type.
-    """
-    return overlay(base, read_toml(path), where=str(path))
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file.
 

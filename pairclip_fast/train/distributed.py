@@ -1,8 +1,8 @@
 """Several processes as one: torchrun's environment, averaging, and the few decisions that all must take alike.
 
 Each process trains its slice of every global batch; the bank loss needs no gathering of features, since every process
-has the whole caption bank. Only the first process writes, evaluates and talks. Decisions that depend on time or signals
-are taken by agreement over gloo on the CPU, which does not make the device wait.
+has the whole caption bank. Evaluations are shared likewise; only the first process writes and talks. Decisions that depend on
+time or signals are taken by agreement over gloo on the CPU, which does not make the device wait.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairclip_fast import config as configs
-from pairclip_fast.config import RunConfig, load_config_file, load_preset, overlay, preset_names, to_toml
+from pairclip_fast.config import RunConfig, load_preset, overlay, preset_names, to_toml
 from pairclip_fast.errors import ConfigError
+from pairclip_fast.train.options import TrainOptions, resolve_config
 
 unit = st.floats(0.0, 1.0)
 below_one = st.floats(0.0, 1.0, exclude_max=True)
@@ -195,7 +196,7 @@ def test_another_architecture_starts_from_its_own_defaults() -> None:
 
 def test_config_file_is_an_overlay(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[optimizer]\nlr = 1\n")
-    assert load_config_file(tmp_path / "run.toml", load_preset("fast")).optimizer.lr == 1.0
+    assert resolve_config(TrainOptions(preset="fast", config=tmp_path / "run.toml")).optimizer.lr == 1.0
 
 
 @pytest.mark.parametrize(
@@ -206,14 +207,14 @@ def test_bad_config_files_are_named(tmp_path: Path, content: str | None, words: 
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=words) as failure:
-        load_config_file(path, RunConfig())
+        resolve_config(TrainOptions(config=path))
     assert str(path) in str(failure.value)
 
 
 def test_a_config_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not valid TOML"):
-        load_config_file(tmp_path / "run.toml", RunConfig())
+        resolve_config(TrainOptions(config=tmp_path / "run.toml"))
 
 
 def test_every_field_is_documented() -> None:
