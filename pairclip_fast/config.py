@@ -50,8 +50,8 @@ class ViTConfig:
     """Activation of the MLPs."""
 
     def __post_init__(self) -> None:
+        require(min(self.width, self.depth, self.heads, self.mlp_width, self.patch_size) >= 1, "model", "positive sizes", self)
         require(self.width % self.heads == 0, "model.heads", f"a divisor of model.width ({self.width})", self.heads)
-        require(min(self.depth, self.mlp_width, self.patch_size) >= 1, "model", "positive sizes", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +73,8 @@ class TileViTConfig:
     """Channels of the stem's first stage, doubled by each further one; 0 for a plain linear patch embedding."""
 
     def __post_init__(self) -> None:
+        require(min(self.width, self.depth, self.heads, self.mlp_width) >= 1, "model", "positive sizes", self)
         require(self.width % self.heads == 0, "model.heads", f"a divisor of model.width ({self.width})", self.heads)
-        require(min(self.depth, self.mlp_width) >= 1, "model", "positive sizes", self)
         require(self.patch_size in (2, 4, 8), "model.patch_size", "2, 4 or 8", self.patch_size)
         require(self.stem_width >= 0, "model.stem_width", "0 or more", self.stem_width)
 
@@ -93,6 +93,8 @@ class TileConvConfig:
         require(self.width >= 1, "model.width", "1 or more", self.width)
 
 
+LEAST_CONV_TILE = 9
+"""Smallest side of a tile for `tile_conv`, in pixels: its stem takes one, three halvings leave one of eight."""
 ModelConfig = ViTConfig | TileViTConfig | TileConvConfig
 MODEL_CONFIGS: Mapping[str, type[ModelConfig]] = {"vit": ViTConfig, "tile_vit": TileViTConfig, "tile_conv": TileConvConfig}
 
@@ -225,7 +227,10 @@ class OptimizerConfig:
         require(0.0 <= self.final_lr <= self.lr, "optimizer.final_lr", "in [0, lr]", self.final_lr)
         require(self.warmup_epochs >= 0.0, "optimizer.warmup_epochs", "0 or more", self.warmup_epochs)
         require(0.0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "0 or more and finite", self.weight_decay)
+        require(0.0 < self.muon_lr < math.inf, "optimizer.muon_lr", "more than 0 and finite", self.muon_lr)
+        require(0.0 <= self.muon_momentum < 1.0, "optimizer.muon_momentum", "in [0, 1)", self.muon_momentum)
         require(all(0.0 <= b < 1.0 for b in self.betas), "optimizer.betas", "each in [0, 1)", self.betas)
+        require(0.0 < self.eps < math.inf, "optimizer.eps", "more than 0 and finite", self.eps)
         require(self.clip_norm >= 0.0, "optimizer.clip_norm", "0 or more", self.clip_norm)
         require(self.accumulate >= 1, "optimizer.accumulate", "1 or more", self.accumulate)
         require(0.0 <= self.ema_decay < 1.0, "optimizer.ema_decay", "in [0, 1)", self.ema_decay)
@@ -306,6 +311,8 @@ class RunConfig:
         require(
             sized or not self.train.progressive, "train.progressive", "empty unless model.architecture = tile_conv", self.train.progressive
         )
+        least = min((size for size, _ in self.train.progressive), default=LEAST_CONV_TILE)
+        require(least >= LEAST_CONV_TILE, "train.progressive", f"sides of {LEAST_CONV_TILE} pixels or more", self.train.progressive)
         require(self.augment.mix == "none" or self.loss.kind == "bank", "augment.mix", "none with loss.kind = infonce", self.augment.mix)
 
 
@@ -385,7 +392,7 @@ def to_toml(config: RunConfig) -> str:
 
 def _model_from(tables: Mapping[str, Any], *, where: str) -> ModelConfig:
     architecture = tables.get("model", {}).get("architecture")
-    if architecture not in MODEL_CONFIGS:
+    if architecture not in list(MODEL_CONFIGS):  # a file may say what cannot be hashed
         raise ConfigError("unknown architecture", where=f"{where}: model.architecture", expected=", ".join(MODEL_CONFIGS), got=architecture)
     return MODEL_CONFIGS[architecture]()
 

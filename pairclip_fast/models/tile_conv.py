@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pairclip_fast.config import TileConvConfig
+from pairclip_fast.config import LEAST_CONV_TILE, TileConvConfig
 from pairclip_fast.errors import ConfigError
 from pairclip_fast.models.blocks import ACTIVATIONS
 from pairclip_fast.models.encoder import ImageEncoder, join_tiles, split_tiles
@@ -40,10 +40,12 @@ class TileConv(ImageEncoder):
 
     def __init__(self, config: TileConvConfig, *, tiles: int, tile_size: tuple[int, int]) -> None:
         super().__init__()
-        least = 2 ** len(STAGE_WIDTHS) + 1
-        if min(tile_size) < least:
+        if min(tile_size) < LEAST_CONV_TILE:
             raise ConfigError(
-                "the tile is too small for the stem and three halvings", where="tile size", expected=f"{least} or more", got=tile_size
+                "the tile is too small for the stem and three halvings",
+                where="tile size",
+                expected=f"{LEAST_CONV_TILE} or more",
+                got=tile_size,
             )
         widths = [FILTERS, *(multiple * config.width for multiple in STAGE_WIDTHS)]
         self.tiles, self.feature_width = tiles, tiles * widths[-1]

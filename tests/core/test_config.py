@@ -173,6 +173,15 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ({"augment": {"alternating_flip": True}}, ["augment.flip_probability", "0.5", "alternating_flip"]),
         ({"augment": {"mix": "mixup"}, "loss": {"kind": "infonce"}}, ["augment.mix", "infonce"]),
         ({"model": {"architecture": "vit", "heads": 7}}, ["model.heads", "a divisor of model.width (512)"]),
+        ({"model": {"architecture": "vit", "heads": 0}}, ["model", "positive sizes"]),
+        ({"model": {"architecture": "tile_vit", "heads": 0}}, ["model", "positive sizes"]),
+        ({"model": {"architecture": "vit", "width": 0}}, ["model", "positive sizes"]),
+        ({"model": {"architecture": "tile_vit", "width": 0}}, ["model", "positive sizes"]),
+        ({"model": {"architecture": ["vit"]}}, ["unknown architecture", "['vit']"]),
+        ({"optimizer": {"eps": -1.0}}, ["optimizer.eps"]),
+        ({"optimizer": {"muon_lr": -1.0}}, ["optimizer.muon_lr"]),
+        ({"optimizer": {"muon_momentum": 2.0}}, ["optimizer.muon_momentum"]),
+        ({"model": {"architecture": "tile_conv"}, "train": {"progressive": [[8, 0.5], [32, 0.5]]}}, ["train.progressive", "9 pixels"]),
     ],
 )
 def test_every_mistake_is_named(tables: dict[str, Any], words: list[str]) -> None:
