@@ -66,7 +66,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        parent = next(p for p in (path, *path.parents) if p.exists())
+        parent = next(p for p in (path, *path.parents) if os.path.exists(p))  # noqa: PTH110  (False where we may not look)
         free = shutil.disk_usage(parent).free
         raise StorageError(
             f"writing failed: {error.strerror or error}",
@@ -122,11 +122,16 @@ class FolderLock:
 
     Raises:
         RunBusyError: another process holds the lock; the message names its pid, host and start time.
+        StorageError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "run.lock"
+        with storage_errors(folder):
+            self._take(folder)
+
+    def _take(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

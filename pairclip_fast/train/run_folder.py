@@ -18,7 +18,7 @@ from pairclip_fast import __version__
 from pairclip_fast.config import RunConfig, load_preset, overlay, read_toml, to_toml
 from pairclip_fast.errors import CheckpointError, ConfigError, printable
 from pairclip_fast.events import EventLog, read_events
-from pairclip_fast.storage import FolderLock, write_atomic, write_json
+from pairclip_fast.storage import FolderLock, storage_errors, write_atomic, write_json
 from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions
 from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
 
@@ -58,18 +58,22 @@ def choose(options: TrainOptions) -> Chosen:
     Raises:
         ConfigError: bad configuration; a folder with something in it and no `--resume`; `--resume` without any run; a
             configuration that differs from the one the run was started with.
+        StorageError: the run folder cannot be looked into.
     """
     budget_bytes(options)  # a wrong one is answered before anything is looked for
     folder = options.out if options.out is not None else (_newest_run(options) if options.resume else None)
     if folder is None:
         config = resolve_config(options)
         return Chosen(_new_name(config), config, options.data or DEFAULT_DATA, resumes=False)
-    if options.resume and (folder / CONFIG).is_file():
+    with storage_errors(folder):  # it may be one that we may not look into
+        is_run = (folder / CONFIG).is_file()
+        is_free = not folder.exists() or (folder.is_dir() and all(entry.name in BEGUN for entry in folder.iterdir()))
+    if options.resume and is_run:
         config = _resumed_config(folder, options)
         return Chosen(folder, config, options.data or recorded_data(folder), resumes=True)
-    if folder.exists() and (not folder.is_dir() or any(entry.name not in BEGUN for entry in folder.iterdir())):
-        fix = "continue it with --resume, or choose another --out" if (folder / CONFIG).is_file() else "choose another --out"
-        if (folder / CONFIG).is_file() and not options.dry_run:
+    if not is_free:
+        fix = "continue it with --resume, or choose another --out" if is_run else "choose another --out"
+        if is_run and not options.dry_run:
             FolderLock(folder).release()  # a run that is going on is a clearer answer than a folder that is not empty
         raise ConfigError("the run folder is not empty", where=folder, fix=fix)
     return Chosen(folder, resolve_config(options), options.data or DEFAULT_DATA, resumes=False)

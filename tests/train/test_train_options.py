@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pairclip_fast.config import load_preset
-from pairclip_fast.errors import ConfigError
+from pairclip_fast.errors import ConfigError, StorageError
 from pairclip_fast.train.options import TrainOptions, resolve_config
 from pairclip_fast.train.run_folder import choose, write_config
 
@@ -144,6 +144,16 @@ def test_what_a_memory_budget_has_settled_stays(tmp_path: Path, preset: str | No
     assert choose(dataclasses.replace(options, preset=preset)).config == settled
     with pytest.raises(ConfigError, match=r"optimizer\.accumulate: 8 -> 2"):
         choose(dataclasses.replace(options, preset=preset, memory_budget=None))
+
+
+def test_a_run_folder_that_we_may_not_look_into_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(_path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    for question in ("is_file", "exists"):
+        monkeypatch.setattr(Path, question, deny)
+    with pytest.raises(StorageError, match="Permission denied"):
+        choose(TrainOptions(out=tmp_path / "run"))
 
 
 def test_options_and_run_folders_do_not_import_torch() -> None:
