@@ -53,6 +53,15 @@ def test_a_cpu_takes_bfloat16_only_with_instructions_that_pay(
     assert [("AVX-512 BF16" in event["reason"]) for event in events.fallbacks] == ([] if expected else [avx])
 
 
+def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch, events: EventLog) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU" if device.index < 2 else 1 / 0)
+    assert choose_device("auto", local_rank=1, events=events).device == torch.device("cuda", 1)
+    with pytest.raises(EnvironmentLackingError, match="at most 2 processes"):
+        choose_device("auto", local_rank=2, events=events)
+
+
 def test_only_fp16_scales_the_loss() -> None:
     assert not Precision("bf16", "cpu", "").gradient_scaler().is_enabled()
     assert Precision("fp32", "cpu", "").dtype == torch.float32
