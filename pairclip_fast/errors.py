@@ -63,7 +63,7 @@ class EnvironmentLackingError(PairclipError):
 
 
 class RunBusyError(PairclipError):
-    """Another process owns the run folder."""
+    """Another process owns the run folder, or is writing the data folder."""
 
     exit_code = 6
 

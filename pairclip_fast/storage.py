@@ -1,4 +1,4 @@
-"""Everything that must survive a crash: atomic files and folders, digests, the run-folder lock.
+"""Everything that must survive a crash: atomic files and folders, digests, locks.
 
 The commit rule is the same for a file and a folder: write aside, fsync the content, rename, fsync the parent. A reader
 therefore meets the old state or the new one, never a mixture. All writes that matter go through a `FileSystem`, so the
@@ -128,24 +128,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.lock"
         with storage_errors(folder):
-            self._take(folder)
-
-    def _take(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise RunBusyError(
-                "the run folder is in use by another process", where=folder, got=owner, fix="wait for it, or choose another --out"
-            ) from None
-        self._file.truncate(0)
-        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
-        self._file.flush()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _lock(self.path, what="the run folder is in use by another process", where=folder)
 
     def release(self) -> None:
         """Let the next process in. Safe to call twice."""
@@ -156,3 +140,40 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def locked_beside(folder: Path) -> Iterator[None]:
+    """Exclusive ownership of a folder that is replaced as a whole: like `FolderLock`, with a file beside it that goes at the end.
+
+    Raises:
+        RunBusyError: another process holds the lock; the message names its pid, host and start time.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    file = _lock(path, what="another process is writing this folder", where=folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(path: Path, *, what: str, where: Path) -> IO[str]:
+    """The locked file `path`, which says who holds it."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise RunBusyError(what, where=where, got=owner, fix="wait for it, or choose another --out") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its owner removed it after we had opened it: this lock keeps nobody out
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}")
+    file.flush()
+    return file

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder
+from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder, same_folder
 from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
-from pairclip_fast.data.index import check_shard_size
-from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, Manifest, read_manifest, to_json
+from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.data.records import record_index_size
 from pairclip_fast.data.sources import locate, open_source
@@ -36,6 +35,7 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     Raises:
         ConfigError: the folder exists and is something else, and --overwrite was not given (or it is no data folder).
         DataError: the source images are missing, damaged or cannot be split.
+        RunBusyError: another process is writing the folder.
         StorageError: no space, or the disk failed; nothing is left under the final name.
     """
     started = time.monotonic()
@@ -58,15 +58,12 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     needed = sum(bytes_needed(split.samples, shard_format) for split in plan.splits.values())
     summary = _summary(plan, options, needed)
     _say_plan(summary, plan, events)
-    manifest = _same_folder(options, plan)
+    manifest, action = same_folder(options, plan), "unchanged"
     if options.dry_run:
         return {**summary, "action": "planned", "exists": manifest is not None}
     if manifest is None:
         check_space(options.out, needed)
-        manifest = build_folder(options, plan, shard_format, events=events, fs=fs)
-        action = "written"
-    else:
-        action = "unchanged"
+        manifest, action = build_folder(options, plan, shard_format, events=events, fs=fs)
     seconds = time.monotonic() - started
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     size = sum(shard.bytes + shard.index_bytes + record_index_size(shard.count) for shard in shards)
@@ -159,27 +156,3 @@ def _say_plan(summary: dict[str, Any], plan: FolderPlan, events: EventLog) -> No
     for note in plan.notes:
         if note != stand_in_note(plan.sources):  # which was said as a fallback
             events.note(note)
-
-
-def _same_folder(options: ShardOptions, plan: FolderPlan) -> Manifest | None:
-    """The manifest of the folder if it is there, whole and of the same arguments; None if it is to be made."""
-    out = options.out
-    if options.overwrite or not (out / MANIFEST_NAME).exists():
-        return None
-    manifest = read_manifest(out)
-    if manifest.arguments != plan.arguments:
-        names = sorted(key for key in manifest.arguments | plan.arguments if manifest.arguments.get(key) != plan.arguments.get(key))
-        raise ConfigError(
-            "the folder holds data made from other arguments",
-            where=out,
-            expected=", ".join(f"{name} = {manifest.arguments.get(name)!r}" for name in names),
-            got=", ".join(f"{name} = {plan.arguments.get(name)!r}" for name in names),
-            fix="choose another --out, or replace it with --overwrite",
-        )
-    for split, entry in manifest.splits.items():
-        for shard in entry.shards:
-            check_shard_size(out / split / shard.name, shard)
-            for name in (shard.index_name, shard.records_name):
-                if not (out / split / name).exists():
-                    raise DataError("an index is missing", where=out / split / name, fix="write the folder again with --overwrite")
-    return manifest

@@ -5,6 +5,7 @@ Deliberately wrong writers (no fsync, rename first, in place) must be caught by 
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -12,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from dying_disk import DyingDisk, PowerCut
 
 from pairclip_fast.errors import RunBusyError, StorageError
-from pairclip_fast.storage import REAL, FileSystem, FolderLock, commit_folder, sha256_file, write_atomic, write_json
+from pairclip_fast.storage import REAL, FileSystem, FolderLock, commit_folder, locked_beside, sha256_file, write_atomic, write_json
 
 OLD, NEW = b"old content", b"new content, and longer"
 Writer = Callable[[Path, FileSystem], None]
@@ -193,6 +195,30 @@ def test_lock_ends_with_its_process_and_after_release(tmp_path: Path) -> None:
     lock.release()
     lock.release()
     FolderLock(tmp_path).release()
+
+
+def test_a_lock_beside_a_folder_leaves_no_file(tmp_path: Path) -> None:
+    with locked_beside(tmp_path / "data"):
+        with pytest.raises(RunBusyError, match=f"pid {os.getpid()} on "), locked_beside(tmp_path / "data"):
+            pass
+        with locked_beside(tmp_path / "other"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_whose_file_was_just_removed_by_its_owner_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, calls = fcntl.flock, []
+
+    def late(file: IO[str], operation: int) -> None:
+        if not calls:
+            (tmp_path / ".data.lock").unlink()
+        calls.append(operation)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked_beside(tmp_path / "data"), pytest.raises(RunBusyError), locked_beside(tmp_path / "data"):
+        pass
+    assert len(calls) == 3
 
 
 def test_the_real_file_system_is_the_default(tmp_path: Path) -> None:

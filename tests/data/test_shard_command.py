@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +25,7 @@ from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.data.shards import ShardReader
 from pairclip_fast.data.sources import open_source
 from pairclip_fast.data.writer import ShardFormat
-from pairclip_fast.errors import ConfigError, DataError, StorageError
+from pairclip_fast.errors import ConfigError, DataError, RunBusyError, StorageError
 from pairclip_fast.events import EventLog
 from pairclip_fast.storage import REAL, FileSystem
 
@@ -37,8 +39,8 @@ def test_a_tiny_shapes_folder_has_golden_bytes(tmp_path: Path, events: EventLog)
     options = ShardOptions(source="shapes", out=tmp_path / "data", shard_size=100)
     sources = open_source("shapes", path=None, test_path=None, seed=0, on_bad="raise", events=events, num_images=300)
     shard_format = ShardFormat(encoding="raw", shard_size=100)
-    manifest = build_folder(options, plan_folder(sources, options), shard_format, events=events, fs=REAL)
-    assert manifest == read_manifest(options.out)
+    manifest, action = build_folder(options, plan_folder(sources, options), shard_format, events=events, fs=REAL)
+    assert (action, manifest) == ("written", read_manifest(options.out))
     assert manifest.digest == GOLDEN_SHAPES_DIGEST
     assert {name: split.count for name, split in manifest.splits.items()} == {"train": 200, "val": 100, "test": 50}
     assert run_verify(options.out, events)["ok"]
@@ -221,13 +223,14 @@ Build = Callable[..., None]
 
 @pytest.fixture
 def build(photo_folder: Path, events: EventLog) -> Build:
-    """Build a folder from plans made once: build(out, seed=0, fs=REAL)."""
+    """Build a folder from plans made once: build(out, seed=0, overwrite=True, fs=REAL)."""
     sources = open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events)
     plans = {seed: plan_folder(sources, ShardOptions(seed=seed)) for seed in (0, 1)}
 
-    def run(out: Path, *, seed: int = 0, fs: FileSystem | None = None) -> None:
+    def run(out: Path, *, seed: int = 0, overwrite: bool = True, fs: FileSystem | None = None) -> None:
         shard_format = ShardFormat(encoding="raw", shard_size=20)
-        build_folder(ShardOptions(out=out, seed=seed), plans[seed], shard_format, events=events, fs=fs or DyingDisk())
+        options = ShardOptions(out=out, seed=seed, overwrite=overwrite)
+        build_folder(options, plans[seed], shard_format, events=events, fs=fs or DyingDisk())
 
     return run
 
@@ -268,6 +271,84 @@ def test_killed_while_replacing_the_folder_is_the_old_or_the_new_one(build: Buil
         build(folder / "data", seed=1)
         assert tree(folder / "data") == wanted
         assert [path.name for path in folder.iterdir()] == ["data"]
+
+
+class DiesBetweenRenames(FileSystem):
+    """The old folder is moved away, and then the power goes."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        if source.name == "data":
+            raise PowerCut
+
+    def remove_tree(self, path: Path) -> None:
+        if path.exists():
+            raise PowerCut
+
+
+def test_what_a_killed_replacement_moved_away_comes_back(build: Build, tree: Tree, tmp_path: Path) -> None:
+    build(tmp_path / "data")
+    before = tree(tmp_path)
+    with pytest.raises(PowerCut):
+        build(tmp_path / "data", seed=1, fs=DiesBetweenRenames())
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        build(tmp_path / "data", seed=1, overwrite=False)
+    assert tree(tmp_path) == before
+
+
+def test_leftovers_of_another_machine_are_cleared(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PowerCut):
+        build(tmp_path / "out" / "data", fs=DyingDisk(10))
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-container")
+    build(tmp_path / "out" / "data")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
+
+
+class Meanwhile(FileSystem):
+    """Does something else once: before the first folder is made, or before the first file is."""
+
+    def __init__(self, action: Callable[[], object], *, at: str) -> None:
+        self.action, self.at, self.done = action, at, False
+
+    def _reached(self, at: str) -> None:
+        if at == self.at and not self.done:
+            self.done = True
+            self.action()
+
+    def mkdir(self, path: Path) -> None:
+        self._reached("folder")
+        super().mkdir(path)
+
+    def open_for_writing(self, path: Path) -> IO[bytes]:
+        self._reached("file")
+        return super().open_for_writing(path)
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_told_of_the_first(shard: Shard, tmp_path: Path) -> None:
+    def second() -> None:
+        with pytest.raises(RunBusyError, match=f"pid {os.getpid()} on "):
+            shard(seed=1, overwrite=True)
+
+    disk = Meanwhile(second, at="file")
+    first = shard(fs=disk)
+    assert disk.done
+    assert read_manifest(tmp_path / "data").digest == first["digest"]
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "photos"}
+
+
+def test_a_folder_made_since_the_first_look_is_kept(shard: Shard, tree: Tree, tmp_path: Path) -> None:
+    def first() -> None:
+        shard(out=tmp_path / "data")
+        (tmp_path / "data" / "captions.safetensors").write_bytes(b"embedded")
+
+    assert shard(fs=Meanwhile(first, at="folder"))["action"] == "unchanged"
+    before = tree(tmp_path / "data")
+    assert before["captions.safetensors"] == b"embedded"
+    (tmp_path / "data").rename(tmp_path / "kept")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        shard(seed=1, fs=Meanwhile(first, at="folder"))
+    assert tree(tmp_path / "data") == before
 
 
 def test_everything_is_synced_before_it_gets_its_name(shard: Shard) -> None:
