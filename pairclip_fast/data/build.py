@@ -39,6 +39,18 @@ def refuse_foreign_folder(out: Path) -> None:
         raise ConfigError("this exists and is not just a data folder", where=out, expected=expected, got=foreign, fix=fix)
 
 
+def refuse_mount_point(options: ShardOptions) -> None:
+    """Say before the work that the folder cannot get its name by renaming; one that holds data already may turn out to be unchanged.
+
+    Raises:
+        ConfigError: something is mounted there.
+    """
+    out = options.out.resolve()
+    if out.is_mount() and (options.overwrite or not (out / MANIFEST_NAME).exists()):
+        fix = f"give a folder inside it, as --out {options.out / 'pairs'}"
+        raise ConfigError("a mount point cannot be replaced by a folder", where=options.out, fix=fix)
+
+
 def _foreign_entry(out: Path) -> str | None:
     """The first thing in `out` that is not ours; None if there is none."""
     if not out.is_dir():
@@ -88,7 +100,7 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         StorageError: there is not room for `needed` bytes and a reserve.
     """
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed + SPACE_RESERVE_BYTES:
         raise StorageError(

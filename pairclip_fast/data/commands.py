@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder, same_folder
+from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder, refuse_mount_point, same_folder
 from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
 from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
@@ -40,6 +40,7 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     """
     started = time.monotonic()
     location = locate(options.source, path=options.path, test_path=options.test_path, events=events)
+    refuse_mount_point(options)
     refuse_foreign_folder(options.out)
     if options.dry_run and location.needs_download:
         events.say(f"plan: {location.reason}; the rest depends on it")

@@ -197,6 +197,30 @@ def test_no_space_is_found_out_before_writing(shard: Shard, tree: Tree, tmp_path
     assert tree(tmp_path) == before
 
 
+def test_the_space_is_that_of_the_disk_a_link_leads_to(shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "data")
+    asked: list[Path] = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    shard()
+    assert asked == [tmp_path / "disk"]
+    assert run_verify(tmp_path / "disk" / "data", EventLog(console=False))["ok"]
+
+
+def test_a_mount_point_is_refused_before_any_work(shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard()
+    (tmp_path / "empty").mkdir()
+    mounted = {tmp_path / "data", tmp_path / "empty"}
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in mounted)
+    assert shard()["action"] == "unchanged"
+    monkeypatch.setattr("pairclip_fast.data.commands.open_source", None)
+    for options in ({"seed": 1, "overwrite": True}, {"out": tmp_path / "empty"}):
+        with pytest.raises(ConfigError, match="mount point") as caught:
+            shard(**options)
+        assert "give a folder inside it" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
