@@ -159,7 +159,7 @@ def _write(out: Path, options: ShardOptions, plan: FolderPlan, shard_format: Sha
             refuse_foreign_folder(out)
             fs.rename(out, trash)
         commit_folder(temporary, out, fs=fs)
-    except (OSError, StorageError, KeyboardInterrupt, SystemExit):
+    except BaseException:
         fs.remove_tree(temporary)
         if trash.exists() and not out.exists():
             fs.rename(trash, out)

@@ -19,13 +19,14 @@ OnBad = Literal["raise", "skip"]
 
 
 def check_template(template: str) -> None:
-    """Admit plain text with the fields {left} and {right} and nothing else.
+    """Admit printable text on one line with the fields {left} and {right} and nothing else.
 
     A template is data, but `str.format` would evaluate attribute look-ups in it; so fields are named here, one by one.
 
     Raises:
-        ConfigError: unbalanced braces, another field, a conversion or format spec, or no field at all.
+        ConfigError: unbalanced braces, another field, a conversion or format spec, no field at all, or characters that are no text.
     """
+    require(template.isprintable(), "--template", "printable characters on one line", template)
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:

@@ -231,6 +231,8 @@ def test_a_mount_point_is_refused_before_any_work(shard: Shard, tmp_path: Path, 
         {"num_pairs": 0},
         {"seed": -1},
         {"template": "{a}"},
+        {"template": "{left}\n{right}"},
+        {"template": "\udce9 {left} {right}"},
         {"test_path": Path("x")},
     ],
 )
@@ -399,6 +401,16 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(shard: Shard, tree: Tree, tm
     before = tree(tmp_path)
     with pytest.raises(StorageError, match="No space left"):
         shard(fs=FullDisk())
+    assert tree(tmp_path) == before
+
+
+def test_a_failure_that_nobody_expected_leaves_nothing_behind(shard: Shard, tree: Tree, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        shard(fs=Meanwhile(fail, at="file"))
     assert tree(tmp_path) == before
 
 

@@ -245,4 +245,6 @@ def test_test_parts(photo_folder: Path, make_photos: Callable[..., Path], tmp_pa
 
 def test_file_names_that_are_no_text_can_be_written_down(photo_folder: Path, shard: Callable[..., dict[str, Any]]) -> None:
     (photo_folder / "crow" / "000.png").rename(photo_folder / "crow" / b"\xff\xfe\n.png".decode("utf-8", "surrogateescape"))
-    assert shard()["action"] == "written"
+    folder = photo_folder.rename(photo_folder.with_name(b"im\xffgs".decode("utf-8", "surrogateescape")))
+    summary = shard(path=folder)
+    assert read_manifest(Path(summary["out"])).description == "image folder im\\xffgs"

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.data.sources import download, locate, open_source
 from pairclip_fast.data.sources.shapes import class_names, read_shapes
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
@@ -126,6 +127,18 @@ def test_damaged_parquet_files(write_parquet: Callable[..., Path], opened: Calla
         path.write_bytes(data)
         with pytest.raises(DataError):
             opened(path)
+
+
+def test_names_that_are_no_text_can_be_written_down(
+    write_parquet: Callable[..., Path], shard: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, name = tmp_path / b"\xffa".decode("utf-8", "surrogateescape"), b"\xfeb.parquet".decode("utf-8", "surrogateescape")
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        write_parquet(tmp_path / "x.parquet", first_seed=len(place.name)).rename(place / name)
+    summary = shard(source="parquet", path=folder, test_path=tmp_path / name)
+    manifest = read_manifest(Path(summary["out"]))
+    assert manifest.description == "parquet \\xffa, test \\xfeb.parquet"
 
 
 def test_real_parquet(cifar100_folder: Path) -> None:

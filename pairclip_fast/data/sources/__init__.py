@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pairclip_fast.data.sources.auto import Location, locate
-from pairclip_fast.data.sources.base import TILE_SIZE, ImageSet, Sources, same_classes
+from pairclip_fast.data.sources.base import TILE_SIZE, ImageSet, Sources, printable_name, same_classes
 from pairclip_fast.errors import ConfigError, EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
 
@@ -90,7 +90,7 @@ def _cifar100(path: Path, *, tile_size: int, on_bad: str, events: EventLog) -> S
     from pairclip_fast.data.sources.cifar100 import read_cifar100
 
     train, test = read_cifar100(path, size=tile_size, on_bad=on_bad, events=events)
-    return Sources(train=train, test=test, description=f"CIFAR-100 archive {path.name}")
+    return Sources(train=train, test=test, description=f"CIFAR-100 archive {printable_name(path.name)}")
 
 
 def _parquet(path: Path, test_path: Path | None, *, on_bad: str, tile_size: int, events: EventLog) -> Sources:
@@ -100,7 +100,7 @@ def _parquet(path: Path, test_path: Path | None, *, on_bad: str, tile_size: int,
     test_files = parquet_test_files(test_path) if test_path is not None else test_files
     train = read_parquet(files, on_bad=on_bad, size=tile_size, events=events)
     test = read_parquet(test_files, on_bad=on_bad, size=tile_size, events=events, every_class=False) if test_files else None
-    return _together(train, test, description=f"parquet {path.name}", test_path=test_path)
+    return _together(train, test, description=f"parquet {printable_name(path.name)}", test_path=test_path)
 
 
 def _imagefolder(path: Path, test_path: Path | None, *, on_bad: str, tile_size: int, events: EventLog) -> Sources:
@@ -110,12 +110,12 @@ def _imagefolder(path: Path, test_path: Path | None, *, on_bad: str, tile_size: 
     test_folder = test_path or test_folder
     train = read_imagefolder(folder, on_bad=on_bad, size=tile_size, events=events)
     test = read_imagefolder(test_folder, on_bad=on_bad, size=tile_size, events=events) if test_folder else None
-    return _together(train, test, description=f"image folder {path.name}", test_path=test_path)
+    return _together(train, test, description=f"image folder {printable_name(path.name)}", test_path=test_path)
 
 
 def _together(train: ImageSet, test: ImageSet | None, *, description: str, test_path: Path | None) -> Sources:
     if test is not None:
         same_classes(train.class_names, test.class_names, where=test_path or "test part")
     if test_path is not None:
-        description += f", test {test_path.name}"
+        description += f", test {printable_name(test_path.name)}"
     return Sources(train=train, test=test, description=description)

@@ -52,6 +52,11 @@ class Sources:
     """Why generated images stand in for CIFAR-100, if they do."""
 
 
+def printable_name(name: str) -> str:
+    """A file name as Unicode text: bytes that are none become \\xNN, so that they can be written down."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def display_names(names: list[str], *, where: object) -> tuple[str, ...]:
     """Class names as they stand in captions.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pairclip_fast.data.sources.base import ImageSet, check_labels, display_names
+from pairclip_fast.data.sources.base import ImageSet, check_labels, display_names, printable_name
 from pairclip_fast.data.sources.decode import ImageCollector
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
@@ -59,11 +59,6 @@ def read_imagefolder(folder: Path, *, on_bad: str, size: int, events: EventLog) 
         skipped=tuple(collector.skipped),
     )
     return check_labels(result, where=folder, every_class=True)
-
-
-def printable_name(name: str) -> str:
-    """A file name as Unicode text: bytes that are none become \\xNN, so that they can be written down."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairclip_fast.data.sources.base import ImageSet, check_labels, display_names
+from pairclip_fast.data.sources.base import ImageSet, check_labels, display_names, printable_name
 from pairclip_fast.data.sources.decode import ImageCollector
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
@@ -76,7 +76,8 @@ def read_parquet(files: list[Path], *, on_bad: str, size: int, events: EventLog,
         opened = []
         for file in files:
             with _arrow_errors(file):
-                opened.append(stack.enter_context(pq.ParquetFile(file)))
+                handle = stack.enter_context(file.open("rb"))  # pyarrow itself opens no name that is not UTF-8
+                opened.append(stack.enter_context(pq.ParquetFile(handle)))
         columns = [_columns(file.schema_arrow, where=path) for file, path in zip(opened, files, strict=True)]
         names = columns[0][2]
         for (_, _, other), path in zip(columns[1:], files[1:], strict=True):
@@ -89,7 +90,7 @@ def read_parquet(files: list[Path], *, on_bad: str, size: int, events: EventLog,
         with events.progress("reading images", total, unit="images") as advance:
             for file, path, (image_column, label_column, _) in zip(opened, files, columns, strict=True):
                 for row, (image, label) in enumerate(_rows(file, image_column, label_column, where=path)):
-                    name = f"{path.name}#{row}"
+                    name = f"{printable_name(path.name)}#{row}"
                     if label is None:
                         raise DataError("a label is missing", where=f"{path}: row {row}", expected=f"0..{len(names) - 1}")
                     if collector.add(image, name=name):
