@@ -156,6 +156,7 @@ def test_other_sizes_are_resized_smoothly_and_said_once(photo_folder: Path, png:
 def test_image_folder_is_read_in_sorted_order(photo_folder: Path, events: Any, noise: Callable[[int], np.ndarray]) -> None:
     (photo_folder / ".hidden").mkdir()
     (photo_folder / "crow" / ".DS_Store").write_bytes(b"junk")
+    shutil.copytree(photo_folder / "crow", photo_folder / "crow" / "small" / ".thumbs")
     (photo_folder / "readme.txt").write_bytes(b"beside the classes")
     train = open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events).train
     assert train.class_names == ("blue whale", "crow", "dingo", "eel")
@@ -241,6 +242,37 @@ def test_test_parts(photo_folder: Path, make_photos: Callable[..., Path], tmp_pa
     with pytest.raises(DataError, match="other classes") as caught:
         open_source("imagefolder", path=tmp_path / "both", test_path=None, seed=0, on_bad="raise", events=events)
     assert (caught.value.expected, caught.value.got) == ("dingo", "dog")
+
+
+def test_a_folder_beside_train_that_is_no_test_part_is_refused(photo_folder: Path, tmp_path: Path, events: Any) -> None:
+    def opened(path: Path) -> Any:
+        return open_source("imagefolder", path=path, test_path=None, seed=0, on_bad="raise", events=events)
+
+    for name in ("train", "val"):
+        shutil.copytree(photo_folder, tmp_path / "both" / name)
+    (tmp_path / "flat" / "test").mkdir(parents=True)
+    shutil.copytree(photo_folder, tmp_path / "flat" / "train")
+    for tree, other in (("both", "val"), ("flat", "test")):
+        with pytest.raises(DataError, match="mixes train with others") as caught:
+            opened(tmp_path / tree)
+        assert caught.value.got == other
+        assert f"--path {tmp_path / tree / 'train'}" in str(caught.value)
+    shutil.rmtree(tmp_path / "both" / "val")
+    (tmp_path / "both" / ".cache").mkdir()
+    assert opened(tmp_path / "both").test is None
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(photo_folder: Path, tmp_path: Path, events: Any) -> None:
+    shutil.move(photo_folder / "crow", tmp_path / "elsewhere")
+    (photo_folder / "crow").mkdir()
+    (photo_folder / "crow" / "first").symlink_to(tmp_path / "elsewhere")
+    (photo_folder / "crow" / "second").symlink_to(tmp_path / "elsewhere")
+    train = open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events).train
+    assert train.ids is not None
+    assert [name for name in train.ids if name.endswith("007.png")][1:3] == ["crow/first/007.png", "crow/second/007.png"]
+    (tmp_path / "elsewhere" / "back").symlink_to(photo_folder / "crow")
+    with pytest.raises(DataError, match="leads back"):
+        open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events)
 
 
 def test_file_names_that_are_no_text_can_be_written_down(photo_folder: Path, shard: Callable[..., dict[str, Any]]) -> None:
