@@ -25,6 +25,7 @@ import tomli_w
 from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.config import preset_names, read_toml
 from pairclip_fast.data.manifest import Manifest, read_manifest
+from pairclip_fast.data.places import default_folder
 from pairclip_fast.errors import ConfigError, PairclipError, printable
 from pairclip_fast.events import Event, EventLog, last_attempts, read_events
 from pairclip_fast.openmp import spin_briefly
@@ -40,7 +41,7 @@ EXIT_INTERRUPTED = 130
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(prog="accuracy.py", description="Held-out accuracy of presets over seeds.", allow_abbrev=False)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="data folder with a val split (default: data)")
+    parser.add_argument("--data", type=Path, default=default_folder(), help="data folder with a val split (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of the runs (default: runs/accuracy)")
     parser.add_argument("--preset", nargs="+", choices=preset_names(), metavar="NAME", default=["fast"], help="presets (default: fast)")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", default=[0], help="seeds (default: 0)")

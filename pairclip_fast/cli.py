@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pairclip_fast import __version__
 from pairclip_fast.allocator import keep_freed_memory
 from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.places import default_folder
 from pairclip_fast.errors import PairclipError, printable
 from pairclip_fast.events import EventLog
 from pairclip_fast.openmp import spin_briefly
@@ -43,7 +44,7 @@ class ReportOptions:
 class VerifyOptions:
     """Check every byte of a data folder; lists all that is changed, missing, truncated or foreign."""
 
-    data: Path = Path("data")
+    data: Path = dataclasses.field(default_factory=default_folder)
     """The data folder."""
     json: bool = False
     """Print the findings as one JSON object."""

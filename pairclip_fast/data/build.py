@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pairclip_fast.data.folder_plan import FolderPlan
 from pairclip_fast.data.index import check_shard_size
-from pairclip_fast.data.manifest import CAPTIONS_NAME, CAPTIONS_TEMPORARY, MANIFEST_NAME, SPLITS, Manifest, read_manifest, write_manifest
+from pairclip_fast.data.manifest import CAPTIONS_NAME, CAPTIONS_TEMPORARY, SPLITS, Manifest, read_manifest, write_manifest
 from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.places import MANIFEST_NAME
 from pairclip_fast.data.writer import ShardFormat, write_split
 from pairclip_fast.errors import ConfigError, DataError, StorageError
 from pairclip_fast.events import EventLog

@@ -12,6 +12,7 @@ from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_f
 from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
 from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.places import USUAL_FOLDER, default_folder
 from pairclip_fast.data.records import record_index_size
 from pairclip_fast.data.sources import locate, open_source
 from pairclip_fast.data.verify import Finding, verify_folder
@@ -40,6 +41,8 @@ def run_shard(options: ShardOptions, events: EventLog, *, fs: FileSystem = REAL)
     """
     started = time.monotonic()
     location = locate(options.source, path=options.path, test_path=options.test_path, events=events)
+    if options.out == default_folder() != USUAL_FOLDER:
+        events.note(f"CIFAR-100 itself lies in {USUAL_FOLDER}, so commands that are not given a data folder take {options.out}")
     refuse_mount_point(options)
     refuse_foreign_folder(options.out)
     if options.dry_run and location.needs_download:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from pairclip_fast.data.places import MANIFEST_NAME
 from pairclip_fast.errors import DataError
 from pairclip_fast.storage import REAL, FileSystem, write_json
 
 FORMAT = 1
-MANIFEST_NAME = "manifest.json"
 CAPTIONS_NAME = "captions.safetensors"
 """Written later, by the text room."""
 CAPTIONS_TEMPORARY = ".captions"

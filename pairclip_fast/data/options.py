@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pairclip_fast.config import require
+from pairclip_fast.data.places import default_folder
 from pairclip_fast.errors import ConfigError
 
 DEFAULT_TEMPLATE = "the photo on the left is {left} and the photo on the right is {right}"
@@ -47,8 +48,8 @@ class ShardOptions:
     """File or folder with the source images."""
     test_path: Path | None = None
     """File or folder with further images of the same classes, for a test split."""
-    out: Path = Path("data")
-    """Folder to write."""
+    out: Path = dataclasses.field(default_factory=default_folder)
+    """Folder to write; data-pairs is the default where CIFAR-100 itself lies in data."""
     num_pairs: int | None = None
     """Training pairs (default: as many as training images)."""
     val_fraction: float = 0.1

@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 
 from pairclip_fast.data.folder_plan import contents_digest, ids_digest
-from pairclip_fast.data.manifest import CAPTIONS_NAME, CAPTIONS_TEMPORARY, MANIFEST_NAME, Manifest, ShardEntry, read_manifest
+from pairclip_fast.data.manifest import CAPTIONS_NAME, CAPTIONS_TEMPORARY, Manifest, ShardEntry, read_manifest
 from pairclip_fast.data.pairs import captions
+from pairclip_fast.data.places import MANIFEST_NAME
 from pairclip_fast.data.records import derive_records, record_index_bytes
 from pairclip_fast.data.shards import decode_payload
 from pairclip_fast.data.tar import Member, index_text, read_members

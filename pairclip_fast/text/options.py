@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from pairclip_fast.config import DEFAULT_PRESET, require
+from pairclip_fast.data.places import default_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedOptions:
     """Embed the captions of a data folder and inspect the bank they make."""
 
-    data: Path = Path("data")
+    data: Path = dataclasses.field(default_factory=default_folder)
     """The data folder that `shard` wrote."""
     text_encoder: str = "auto"
     """auto, clip, minilm, hashed, or the folder or hub id of a CLIP or sentence-transformers model."""

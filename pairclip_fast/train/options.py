@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pairclip_fast.config import DEFAULT_PRESET, RunConfig, load_preset, overlay, read_toml
 from pairclip_fast.errors import ConfigError
 
-DEFAULT_DATA = Path("data")
 DEFAULT_RUNS = Path("runs")
 
 
@@ -25,7 +24,7 @@ class TrainOptions:
     """Train a preset on a data folder; a flag that is not given keeps what the preset or the config file says."""
 
     data: Path | None = None
-    """Data folder (default: data, or the one that the resumed run was trained on)."""
+    """Data folder (default: the one that the resumed run was trained on, else where `shard` puts it: data, or data-pairs)."""
     out: Path | None = None
     """Run folder (default: runs/<preset>-<time>; with --resume the newest run)."""
     preset: str | None = None

@@ -16,11 +16,12 @@ from typing import Any
 
 from pairclip_fast import __version__
 from pairclip_fast.config import RunConfig, load_preset, overlay, read_toml, to_toml
+from pairclip_fast.data.places import default_folder
 from pairclip_fast.errors import CheckpointError, ConfigError, printable
 from pairclip_fast.events import EventLog, read_events
 from pairclip_fast.storage import FolderLock, storage_errors, write_atomic, write_json
 from pairclip_fast.telemetry.machine import cpu_model, git_commit, package_versions
-from pairclip_fast.train.options import DEFAULT_DATA, DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
+from pairclip_fast.train.options import DEFAULT_RUNS, TrainOptions, budget_bytes, resolve_config
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK = "config.toml", "environment.json", "events.jsonl", "run.lock"
 BEGUN = (LOCK, EVENTS)
@@ -64,7 +65,7 @@ def choose(options: TrainOptions) -> Chosen:
     folder = options.out if options.out is not None else (_newest_run(options) if options.resume else None)
     if folder is None:
         config = resolve_config(options)
-        return Chosen(_new_name(config), config, options.data or DEFAULT_DATA, resumes=False)
+        return Chosen(_new_name(config), config, options.data or default_folder(), resumes=False)
     with storage_errors(folder):  # it may be one that we may not look into
         is_run = (folder / CONFIG).is_file()
         is_free = not folder.exists() or (folder.is_dir() and all(entry.name in BEGUN for entry in folder.iterdir()))
@@ -76,7 +77,7 @@ def choose(options: TrainOptions) -> Chosen:
         if is_run and not options.dry_run:
             FolderLock(folder).release()  # a run that is going on is a clearer answer than a folder that is not empty
         raise ConfigError("the run folder is not empty", where=folder, fix=fix)
-    return Chosen(folder, resolve_config(options), options.data or DEFAULT_DATA, resumes=False)
+    return Chosen(folder, resolve_config(options), options.data or default_folder(), resumes=False)
 
 
 def stored_config(folder: Path) -> RunConfig:

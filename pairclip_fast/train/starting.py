@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pairclip_fast.config import RunConfig
-from pairclip_fast.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pairclip_fast.data.manifest import Manifest, read_manifest
+from pairclip_fast.data.places import MANIFEST_NAME, default_folder
 from pairclip_fast.errors import CheckpointError, ConfigError, DataError, PairclipError, one_line
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.storage import FolderLock, write_atomic
@@ -46,7 +47,7 @@ def open_data(folder: Path, config: RunConfig) -> Manifest:
         ConfigError: fewer training pairs than a batch.
     """
     if not folder.exists():
-        fix = "make it with `pairclip-fast shard`" + ("" if folder == Path("data") else f" --out {folder}")
+        fix = "make it with `pairclip-fast shard`" + ("" if folder == default_folder() else f" --out {folder}")
         raise DataError("there is no data folder", where=folder, fix=fix)
     manifest = read_manifest(folder)
     count = manifest.splits["train"].count

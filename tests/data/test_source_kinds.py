@@ -12,10 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pairclip_fast.cli import VerifyOptions
+from pairclip_fast.data.commands import run_shard
 from pairclip_fast.data.manifest import read_manifest
+from pairclip_fast.data.options import ShardOptions
 from pairclip_fast.data.sources import download, locate, open_source
 from pairclip_fast.data.sources.shapes import class_names, read_shapes
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
+from pairclip_fast.text.options import EmbedOptions
+from pairclip_fast.train.options import TrainOptions
+from pairclip_fast.train.run_folder import choose
 
 Png = Callable[..., bytes]
 NAMES = ["apple", "aquarium_fish", "baby"]
@@ -233,6 +239,25 @@ def test_auto_finds_an_archive_in_the_usual_places(alone: Path, events: Any, pla
         found = locate(kind, path=None, test_path=None, events=events)
         assert (found.kind, found.path and found.path.resolve()) == ("cifar100", wanted)
     assert "usual place" in events.messages()
+
+
+@pytest.mark.usefixtures("alone")
+def test_where_images_lie_in_the_usual_data_folder_all_commands_take_another(events: Any, noise: Callable[[int], np.ndarray]) -> None:
+    def defaults() -> set[Path]:
+        return {ShardOptions().out, EmbedOptions().data, VerifyOptions().data, choose(TrainOptions(out=Path("run"))).data}
+
+    assert defaults() == {Path("data")}
+    archive = Path("data", "cifar-100-binary")
+    archive.mkdir(parents=True)
+    for number, part in enumerate(("train", "test")):
+        records = (bytes([0, k % 3]) + noise(30 * number + k).tobytes() for k in range(30))
+        (archive / f"{part}.bin").write_bytes(b"".join(records))
+    (archive / "fine_label_names.txt").write_text("\n".join(NAMES))
+    assert run_shard(ShardOptions(), events)["out"] == "data-pairs"
+    assert "CIFAR-100 itself lies in data" in events.messages()
+    assert defaults() == {Path("data-pairs")}
+    Path("data-pairs", "manifest.json").rename("data/manifest.json")
+    assert defaults() == {Path("data")}
 
 
 def test_auto_takes_the_folder_named_by_the_environment(

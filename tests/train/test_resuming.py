@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_runs import STEPS, Killed, Options, at_step, best_and_metrics, kill, losses, terminate, tree, weights
 
-from pairclip_fast.data.manifest import MANIFEST_NAME
+from pairclip_fast.data.places import MANIFEST_NAME
 from pairclip_fast.errors import ConfigError, RunBusyError
 from pairclip_fast.events import read_events
 from pairclip_fast.storage import FolderLock

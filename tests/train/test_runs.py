@@ -14,8 +14,9 @@ import torch
 from tiny_runs import STEPS, Options, tree
 
 from pairclip_fast.data.commands import run_shard
-from pairclip_fast.data.manifest import MANIFEST_NAME, read_manifest
+from pairclip_fast.data.manifest import read_manifest
 from pairclip_fast.data.options import ShardOptions
+from pairclip_fast.data.places import MANIFEST_NAME
 from pairclip_fast.errors import ConfigError, DataError, EnvironmentLackingError
 from pairclip_fast.events import Event, EventLog, read_events
 from pairclip_fast.kernels.ops import implementation

@@ -7,19 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from pairclip_fast.data.places import ARCHIVES, USUAL_FOLDER
 from pairclip_fast.errors import ConfigError, DataError
 from pairclip_fast.events import EventLog
 
 ENVIRONMENT_VARIABLE = "PAIRCLIP_CIFAR100"
-ARCHIVES = (
-    "cifar-100-python",
-    "cifar-100-python.tar.gz",
-    "cifar-100-python.tar",
-    "cifar-100-binary",
-    "cifar-100-binary.tar.gz",
-    "cifar-100-binary.tar",
-)
-"""Names of the published archives and of what they unpack to, in order of preference."""
 TAR_ENDINGS = (".tar.gz", ".tgz", ".tar")
 
 
@@ -133,7 +125,7 @@ def _usual_place(*, any_kind: bool) -> Location | None:
             raise ConfigError("this variable names no folder", where=ENVIRONMENT_VARIABLE, got=variable)
         kind, path = guess_kind(folder)
         return Location(kind=kind, path=path, reason=f"named by {ENVIRONMENT_VARIABLE}")
-    for folder in (Path(), Path("data"), Path("datasets"), cache_folder(), cache_folder().parent, cache_folder().parent / "torch"):
+    for folder in (Path(), USUAL_FOLDER, Path("datasets"), cache_folder(), cache_folder().parent, cache_folder().parent / "torch"):
         found = _archive_in(folder)
         if found is not None:
             return Location(kind="cifar100", path=found, reason="found in a usual place")
