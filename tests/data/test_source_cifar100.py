@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pairclip_fast.data.sources import download, open_source
 from pairclip_fast.data.sources.cifar100 import ARCHIVE_MD5, read_cifar100
-from pairclip_fast.data.sources.pickles import RememberedArray, load_pickle
+from pairclip_fast.data.sources.pickles import RememberedArray, RememberedDtype, load_pickle
 from pairclip_fast.data.tar import stream_members
 from pairclip_fast.errors import DataError, EnvironmentLackingError
 
@@ -225,6 +225,26 @@ def test_wrong_contents_are_refused(tmp_path: Path, events: Any, found: Any, wor
     files = python_files() | {"train": pickle.dumps(found, protocol=3)}
     with pytest.raises(DataError, match=words):
         read_cifar100(unpacked(tmp_path / "cifar-100-python", files), size=32, on_bad="raise", events=events)
+
+
+@pytest.mark.parametrize("spoiled", [binary_files() | {"fine_label_names.txt": b"apple\nf\xfcsh\nbaby\n"}, None], ids=["binary", "python"])
+def test_class_names_that_are_not_utf_8_are_refused(tmp_path: Path, events: Any, spoiled: dict[str, bytes] | None) -> None:
+    files = spoiled or python_files() | {"meta": pickle.dumps({b"fine_label_names": [b"apple", b"f\xfcsh", b"baby"]}, protocol=2)}
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_cifar100(unpacked(tmp_path / "files", files), size=32, on_bad="raise", events=events)
+
+
+def test_a_shape_that_is_none_is_not_written_out() -> None:
+    """Tuples within tuples are small in a pickle, and twice as long as text with every level."""
+    shape: tuple[Any, ...] = ()
+    for _ in range(16):
+        shape = (shape, shape)
+    array = RememberedArray()
+    for wrong, shown in ((shape, None), ((1, 10**5_000), None), ((1, 2), (1, 2))):
+        array.__setstate__((1, wrong, RememberedDtype("u1"), False, b"12"))
+        with pytest.raises(DataError) as caught:
+            array.rows(3072, where="x")
+        assert caught.value.got == shown
 
 
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3))

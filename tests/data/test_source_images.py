@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import shutil
 import struct
@@ -172,6 +173,31 @@ def test_a_bad_file_stops_with_its_name(photo_folder: Path, events: Any) -> None
         open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events)
     assert caught.value.exit_code == 3
     assert "--on-bad skip" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: os.truncate(file, (64 << 20) + 1), "67,108,865 bytes, more than"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "not a plain file"),
+        (lambda file: (file.unlink(), file.symlink_to("nowhere")), "No such file"),
+        (None, "cannot be read: Input/output error"),
+    ],
+    ids=["too large", "pipe", "broken link", "bad disk"],
+)
+def test_a_file_without_bytes_is_refused_with_the_reason(
+    photo_folder: Path, events: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object] | None, reason: str
+) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    if spoil is None:
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    else:
+        spoil(photo_folder / "dingo" / "004.png")
+    with pytest.raises(DataError, match="bad image") as caught:
+        open_source("imagefolder", path=photo_folder, test_path=None, seed=0, on_bad="raise", events=events)
+    assert reason in str(caught.value.got)
 
 
 def test_skipping_has_a_budget(photo_folder: Path, events: Any) -> None:

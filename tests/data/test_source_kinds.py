@@ -43,7 +43,7 @@ def write_parquet(png: Png, noise: Callable[[int], np.ndarray]) -> Callable[...,
         names: Any = NAMES,
         plain: bool = False,
     ) -> Path:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         files = [png(noise(first_seed + k)) for k in range(count)] if pictures is None else pictures
         column = files if plain else [{"bytes": data, "path": None} for data in files]
         kind = pa.binary() if plain else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -86,6 +86,22 @@ def test_a_hub_folder_has_its_test_part_found(write_parquet: Callable[..., Path]
     write_parquet(folder / "other.parquet")
     with pytest.raises(DataError, match="mixes train files with others"):
         opened(folder)
+
+
+def test_parquet_files_one_folder_down_are_found(write_parquet: Callable[..., Path], tmp_path: Path, events: Any) -> None:
+    (tmp_path / "hf" / ".cache").mkdir(parents=True)
+    for name in (".cache/old", "cifar100/train-0", "cifar100/test-0"):
+        write_parquet(tmp_path / "hf" / f"{name}.parquet")
+    found = locate("auto", path=tmp_path / "hf", test_path=None, events=events)
+    assert (found.kind, found.path) == ("parquet", tmp_path / "hf" / "cifar100")
+    test = write_parquet(tmp_path / "other" / "part" / "test-0.parquet").parent
+    assert locate("auto", path=found.path, test_path=test.parent, events=events).test_path == test
+    with pytest.raises(ConfigError, match="would be the training images"):
+        locate("auto", path=found.path, test_path=tmp_path / "hf", events=events)
+    write_parquet(tmp_path / "hf" / "cifar10" / "train-0.parquet")
+    with pytest.raises(DataError, match="several folders") as caught:
+        locate("auto", path=tmp_path / "hf", test_path=None, events=events)
+    assert caught.value.got == "cifar10, cifar100"
 
 
 def test_a_test_path(write_parquet: Callable[..., Path], opened: Callable[..., Any], tmp_path: Path) -> None:

@@ -49,8 +49,6 @@ def _locate(kind: str, *, path: Path | None, test_path: Path | None) -> Location
     for name, given in (("--path", path), ("--test-path", test_path)):
         if given is not None and not given.exists():
             raise ConfigError("the source does not exist", where=name, got=given)
-    if test_path is not None and path is not None and test_path.resolve() == path.resolve():
-        raise ConfigError("the test images would be the training images", where="--test-path", got=test_path)
     if path is not None:
         return _given(kind, path, test_path)
     if kind == "shapes":
@@ -71,16 +69,20 @@ def _given(kind: str, path: Path, test_path: Path | None) -> Location:
         raise ConfigError(f"--path does not look like --source {kind}", where=path, got=seen, fix=f"use --source {seen} or auto")
     if seen == "cifar100" and test_path is not None:
         raise ConfigError("the CIFAR-100 archive has its own test part", where="--test-path", fix="leave it out")
-    if test_path is not None and guess_kind(test_path)[0] != seen:
-        raise ConfigError("--test-path is of another kind than --path", where=test_path, expected=seen, got=guess_kind(test_path)[0])
+    if test_path is not None:
+        test_kind, test_path = guess_kind(test_path)
+        if test_kind != seen:
+            raise ConfigError("--test-path is of another kind than --path", where=test_path, expected=seen, got=test_kind)
+        if test_path.resolve() == seen_path.resolve():
+            raise ConfigError("the test images would be the training images", where="--test-path", got=test_path)
     return Location(kind=seen, path=seen_path, test_path=test_path, reason="given by --path")
 
 
 def guess_kind(path: Path) -> tuple[str, Path]:
-    """The kind of source at `path`, and the path to open (the archive, if `path` is the folder around it).
+    """The kind of source at `path`, and the path to open (the archive or the parquet files' folder, if `path` is the folder around it).
 
     Raises:
-        DataError: nothing there is known.
+        DataError: nothing there is known, or it is unclear which of several folders is meant.
     """
     if path.is_file():
         if path.name.endswith(".parquet"):
@@ -95,6 +97,9 @@ def guess_kind(path: Path) -> tuple[str, Path]:
             return "cifar100", inside
         if any(path.glob("*.parquet")):
             return "parquet", path
+        below = _parquet_below(path)
+        if below is not None:
+            return "parquet", below
         if any(entry.is_dir() for entry in path.iterdir()):
             return "imagefolder", path
     raise DataError(
@@ -103,6 +108,15 @@ def guess_kind(path: Path) -> tuple[str, Path]:
         expected="a CIFAR-100 archive (python or binary version) or its folder, parquet files, or a folder with one folder per class",
         got="an empty folder" if path.is_dir() and not any(path.iterdir()) else None,
     )
+
+
+def _parquet_below(path: Path) -> Path | None:
+    """The one folder in `path` that holds parquet files, as in a clone of a data set of the Hugging Face hub."""
+    folders = sorted({file.parent for file in path.glob("*/*.parquet") if not file.parent.name.startswith(".")})
+    if len(folders) > 1:
+        got = ", ".join(folder.name for folder in folders)
+        raise DataError("several folders hold parquet files", where=path, got=got, fix="name one with --path, another with --test-path")
+    return folders[0] if folders else None
 
 
 def _is_unpacked(path: Path) -> bool:

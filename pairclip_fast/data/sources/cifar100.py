@@ -51,10 +51,10 @@ def read_cifar100(path: Path, *, size: int, on_bad: str, events: EventLog) -> tu
     del on_bad
     files = _files_of(path, events=events)
     if "meta" in files:
-        names = [name.decode() if isinstance(name, bytes) else str(name) for name in _field(files["meta"], "fine_label_names", where=path)]
+        names = [_text(name, where=path) for name in _field(files["meta"], "fine_label_names", where=path)]
         parts = [_python_part(files[part], where=f"{path}: {part}") for part in ("train", "test")]
     else:
-        names = files["fine_label_names.txt"].decode("utf-8", "replace").split()
+        names = _text(files["fine_label_names.txt"], where=path).split()
         parts = [_binary_part(files[f"{part}.bin"], where=f"{path}: {part}.bin") for part in ("train", "test")]
     if size != SIDE:
         events.note(f"all images are resized from {SIDE} x {SIDE} to {size} x {size}")
@@ -147,6 +147,13 @@ def _field(data: bytes, name: str, *, where: object) -> list[Any]:
     if not isinstance(value, list) or not all(isinstance(item, bytes | str) for item in value):
         raise DataError(f"`{name}` is no list of names", where=where)
     return value
+
+
+def _text(name: bytes | str, *, where: object) -> str:
+    try:
+        return name.decode() if isinstance(name, bytes) else name
+    except UnicodeDecodeError as error:
+        raise DataError("a class name is not UTF-8", where=where, got=error) from error
 
 
 def _value(fields: Any, name: str, *, where: object) -> Any:

@@ -112,7 +112,6 @@ class ImageCollector:
 
     Args:
         where: The source, for errors.
-        total: Images in the source, if known beforehand (else the number seen so far, at the end).
         on_bad: `raise` or `skip`.
         size: Side of a tile.
         events: Told once if images are resized.
@@ -126,8 +125,8 @@ class ImageCollector:
         self._resized = 0
         self._first_size: tuple[int, int] | None = None
 
-    def add(self, data: bytes | None, *, name: str) -> bool:
-        """Take one image; False if it was bad and left out.
+    def add(self, data: bytes | BadImageError | None, *, name: str) -> bool:
+        """Take one image, or the reason why there is none; False if it was bad and left out.
 
         Raises:
             DataError: it is bad and the policy is to stop.
@@ -136,6 +135,8 @@ class ImageCollector:
         try:
             if data is None:
                 raise BadImageError("no bytes")
+            if isinstance(data, BadImageError):
+                raise data
             tile, shown = decode_tile(data, size=self.size)
         except BadImageError as error:
             if self.on_bad == "raise":

@@ -6,13 +6,14 @@ over, links to folders are followed.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from pairclip_fast.data.sources.base import ImageSet, check_labels, display_names, printable_name
-from pairclip_fast.data.sources.decode import ImageCollector
+from pairclip_fast.data.sources.decode import BadImageError, ImageCollector
 from pairclip_fast.errors import DataError
 from pairclip_fast.events import EventLog
 
@@ -96,11 +97,14 @@ def _files(folder: Path, *, around: tuple[Path, ...]) -> Iterator[Path]:
             yield entry
 
 
-def _bytes_of(file: Path) -> bytes | None:
-    """The file's bytes; None for what is no plain file, cannot be read or is far too large."""
+def _bytes_of(file: Path) -> bytes | BadImageError:
+    """The file's bytes, or why there are none."""
     try:
-        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
-            return None
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return BadImageError("not a plain file")
+        if status.st_size > MAX_FILE_BYTES:
+            return BadImageError(f"{status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
         return file.read_bytes()
-    except OSError:
-        return None
+    except OSError as error:
+        return BadImageError(f"cannot be read: {error.strerror}")

@@ -65,19 +65,19 @@ class RememberedArray:
         state = self.state if isinstance(self.state, tuple) and len(self.state) == 5 else (None,) * 5
         _, shape, dtype, fortran_order, data = state
         data = data.encode("latin-1") if isinstance(data, str) else data
+        sides = shape if isinstance(shape, tuple) and all(type(side) is int and 0 <= side < 2**31 for side in shape) else None
         good = (
             isinstance(dtype, RememberedDtype)
             and dtype.name in ("u1", "|u1", "uint8")
             and not fortran_order
             and isinstance(data, bytes)
-            and isinstance(shape, tuple)
-            and len(shape) == 2
-            and all(type(side) is int and side >= 0 for side in shape)
-            and shape[1] == width
-            and math.prod(shape) == len(data)
+            and sides is not None
+            and len(sides) == 2
+            and sides[1] == width
+            and math.prod(sides) == len(data)
         )
-        if not good:
-            raise DataError("the batch's `data` is no array of images", where=where, expected=f"uint8 [n, {width:,}]", got=shape)
+        if not good:  # what is no shape is not shown: tuples within tuples would take for ever to write out
+            raise DataError("the batch's `data` is no array of images", where=where, expected=f"uint8 [n, {width:,}]", got=sides)
         assert isinstance(data, bytes)
         return np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
 
