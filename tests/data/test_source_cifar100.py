@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairclip_fast.data.sources import download, open_source
+from pairclip_fast.data.sources import download, locate, open_source
 from pairclip_fast.data.sources.cifar100 import ARCHIVE_MD5, read_cifar100
 from pairclip_fast.data.sources.pickles import RememberedArray, RememberedDtype, load_pickle
 from pairclip_fast.data.tar import stream_members
@@ -101,7 +101,8 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 def test_every_published_form_gives_the_same_images(tmp_path: Path, events: Any, form: str) -> None:
     path = FORMS[form](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    sources = open_source("auto", path=path, test_path=None, seed=0, on_bad="raise", events=events)
+    assert locate("auto", path=path, test_path=None, events=events).path == path
+    sources = open_source("cifar100", path=path, test_path=None, seed=0, on_bad="raise", events=events)
     assert sources.test is not None
     for part, images in (("train", sources.train), ("test", sources.test)):
         assert (images.images == pixels(part).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)).all()

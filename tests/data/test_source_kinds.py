@@ -235,17 +235,23 @@ def archive_folder(folder: Path) -> Path:
     return folder
 
 
-def test_auto_without_anything_draws_shapes_and_says_why(alone: Path, events: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("alone")
+def test_auto_without_anything_draws_shapes_and_says_why(events: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(kind: str) -> Any:
+        found = locate(kind, path=None, test_path=None, events=events)
+        options: dict[str, Any] = {"path": found.path, "test_path": None, "fallback": found.fallback, "num_images": 100}
+        return open_source(found.kind, seed=0, on_bad="raise", events=events, **options)
+
     def refuse(**_: Any) -> Path:
         raise EnvironmentLackingError("CIFAR-100 could not be downloaded: no route to host")
 
     monkeypatch.setattr(download, "fetch_cifar100", refuse)
-    sources = open_source("auto", path=None, test_path=None, seed=0, on_bad="raise", events=events, num_images=100)
+    sources = opened("auto")
     assert sources.train.source == "shapes"
     assert "no route to host" in (sources.fallback_reason or "")
     assert [event["chosen"] for event in events.fallbacks] == ["generated shapes"]
     with pytest.raises(EnvironmentLackingError):
-        open_source("cifar100", path=None, test_path=None, seed=0, on_bad="raise", events=events)
+        opened("cifar100")
 
 
 @pytest.mark.parametrize("place", ["work", "work/data", "home/.cache/pairclip-fast", "home/.cache"])

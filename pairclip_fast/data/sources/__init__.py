@@ -31,7 +31,7 @@ def open_source(
     """Decode all images of a source.
 
     Args:
-        kind: cifar100, parquet, imagefolder, shapes, or auto (which looks around first).
+        kind: cifar100, parquet, imagefolder or shapes, as `locate` says.
         path: File or folder; None for shapes, or to download CIFAR-100.
         test_path: File or folder of the test part; same kind, same class names.
         seed: Seed of generated images.
@@ -46,9 +46,6 @@ def open_source(
         DataError: the source is missing, damaged, empty, or its parts do not fit together.
         EnvironmentLackingError: CIFAR-100 has to be downloaded and cannot be.
     """
-    if kind == "auto":
-        found = locate("auto", path=path, test_path=test_path, events=events)
-        kind, path, test_path, fallback = found.kind, found.path, found.test_path, found.fallback
     if kind == "shapes":
         return _shapes(seed=seed, tile_size=tile_size, num_images=num_images, events=events, reason=None)
     if kind == "cifar100":
@@ -71,7 +68,7 @@ def open_source(
         return _parquet(path, test_path, on_bad=on_bad, tile_size=tile_size, events=events)
     if kind == "imagefolder":
         return _imagefolder(path, test_path, on_bad=on_bad, tile_size=tile_size, events=events)
-    raise ConfigError("unknown source", where="--source", expected="auto, cifar100, parquet, imagefolder or shapes", got=kind)
+    raise ConfigError("unknown source", where="--source", expected="cifar100, parquet, imagefolder or shapes", got=kind)
 
 
 def _shapes(*, seed: int, tile_size: int, num_images: int | None, events: EventLog, reason: str | None) -> Sources:
