@@ -10,9 +10,9 @@ from typing import Any
 
 from pairclip_fast.data.build import build_folder, check_space, refuse_foreign_folder, refuse_mount_point, same_folder
 from pairclip_fast.data.folder_plan import FolderPlan, plan_folder, stand_in_note
-from pairclip_fast.data.manifest import CAPTIONS_NAME, MANIFEST_NAME, REBUILD, read_manifest, to_json
+from pairclip_fast.data.manifest import CAPTIONS_NAME, REBUILD, read_manifest, to_json
 from pairclip_fast.data.options import ShardOptions
-from pairclip_fast.data.places import USUAL_FOLDER, default_folder
+from pairclip_fast.data.places import MANIFEST_NAME, USUAL_FOLDER, default_folder
 from pairclip_fast.data.records import record_index_size
 from pairclip_fast.data.sources import locate, open_source
 from pairclip_fast.data.verify import Finding, verify_folder

@@ -173,9 +173,9 @@ def test_second_process_is_refused_and_told_the_pid(tmp_path: Path) -> None:
     assert f"pid {os.getpid()} on " in run.stderr
 
 
-@pytest.mark.parametrize("folder", ["afile", "afile/x"])
+@pytest.mark.parametrize("folder", ["plain", "plain/x"])
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path, folder: str) -> None:
-    (tmp_path / "afile").write_bytes(OLD)
+    (tmp_path / "plain").write_bytes(OLD)
     with pytest.raises(StorageError, match="writing failed") as failure:
         FolderLock(tmp_path / folder)
     assert str(tmp_path / folder) in str(failure.value)
