@@ -134,9 +134,17 @@ def choose_device(name: str, *, local_rank: int = 0, events: EventLog) -> Placem
     """The device that `name` (auto, cpu, cuda) stands for on this machine.
 
     Raises:
-        EnvironmentLackingError: `cuda` was asked for and there is none.
+        EnvironmentLackingError: `cuda` was asked for and there is none, or this process is one too many for the GPUs.
     """
     if name != "cpu" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise EnvironmentLackingError(
+                "there are more processes than GPUs",
+                where=f"process {local_rank} of this machine",
+                expected=f"at most {count} processes, one for each GPU",
+                fix=f"start torchrun with --nproc-per-node={count}",
+            )
         device = torch.device("cuda", local_rank)
         return Placement(device, torch.cuda.get_device_name(device))
     if name == "cuda":

@@ -85,6 +85,8 @@ class Trainee:
     """Whether `module.encode` is."""
     parallel: nn.Module | None = None
     """`module` wrapped for data parallelism, if there is more than one process."""
+    is_whole: bool = True
+    """Whether weights, averages and optimizer state are of the same step; not so while an update is being made."""
 
     def __post_init__(self) -> None:
         # A function and not a bound method: copies of the module (averages, probes) then share the ledger instead of copying it.
@@ -147,11 +149,14 @@ def train_step(trainee: Trainee, batch: Batch, *, step: int) -> StepResult:
     grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.clip_norm:
         clip_grads_with_norm_(parameters, config.clip_norm, grad_norm)
+    trainee.is_whole = False
+    # Not `scaler.step`, which would overrule the guard by its own view of the gradients, and let go of the weights one step later.
     optimizer.found_inf = trainee.guard.inspect(loss, grad_norm, step=step, batch=batch)  # type: ignore[attr-defined]
-    scaler.step(optimizer)
+    optimizer.step()
     scaler.update()
     if trainee.ema is not None:
         trainee.ema.update(trainee.module, step=step)
+    trainee.is_whole = True
     lap("optimizer")
     return StepResult(loss=loss, grad_norm=grad_norm)
 

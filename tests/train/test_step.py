@@ -200,6 +200,28 @@ def test_the_guard_bears_overflows_of_fp16_but_not_a_streak(events: EventLog) ->
         guard.check(events=events)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
+def test_with_scaled_losses_the_guard_holds_the_weights_too(kind: Any) -> None:
+    """The scaler looks at gradients only, and forgets an overflow with the next step; the guard does not."""
+    trainee = make_trainee(kind=kind)
+    trainee.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainee.guard = FiniteGuard(torch.device("cpu"), tolerance=2)
+    train_step(trainee, make_batch(), step=0)
+    before, forward = parameters(trainee), trainee.module.forward
+
+    def infinite(*arguments: Any) -> torch.Tensor:
+        loss = forward(*arguments)
+        return loss + (torch.inf - loss.detach())  # its gradient is a number all the same
+
+    trainee.module.forward = infinite  # type: ignore[method-assign]
+    for step in range(3):
+        train_step(trainee, make_batch(), step=1 + step)
+    trainee.module.forward = forward  # type: ignore[method-assign]
+    train_step(trainee, make_batch(), step=4)
+    assert trainee.guard.tripped
+    assert all(torch.equal(value, before[name]) for name, value in parameters(trainee).items())
+
+
 def test_bfloat16_autocast_trains_to_about_the_same_losses() -> None:
     """The path of CPUs with bfloat16 instructions; slow but correct on all others."""
     exact, rounded = make_trainee(eps=1.0), make_trainee(eps=1.0)
