@@ -11,10 +11,10 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from pairclip_fast.errors import ConfigError
 
@@ -322,15 +322,15 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_preset(name: str) -> RunConfig:
-    """The preset `name`.
+def load_preset(name: str, *, where: str = "--preset") -> RunConfig:
+    """The preset `name`, which was asked for at `where`.
 
     Raises:
         ConfigError: there is no such preset.
     """
     names = preset_names()
     if name not in names:
-        raise ConfigError("unknown preset", where="--preset", expected=", ".join(names), got=name, fix=_suggestion(name, names))
+        raise ConfigError("unknown preset", where=where, expected=", ".join(names), got=name, fix=_suggestion(name, names))
     text = (resources.files("pairclip_fast") / "presets" / f"{name}.toml").read_text()
     tables = tomllib.loads(text)
     return overlay(RunConfig(preset=name, model=_model_from(tables, where=name)), tables, where=f"preset {name}")
@@ -356,13 +356,11 @@ def overlay(base: RunConfig, tables: Mapping[str, Any], *, where: str) -> RunCon
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, or a value out of range.
     """
-    import msgspec
-
     merged = dataclasses.asdict(base)
     require(isinstance(tables.get("model", {}), dict), f"{where}: model", "a table", tables.get("model"))
     if tables.get("model", {}).get("architecture", base.model.architecture) != base.model.architecture:
         merged["model"] = dataclasses.asdict(_model_from(tables, where=where))
-    known_model = {f.name for f in dataclasses.fields(MODEL_CONFIGS[merged["model"]["architecture"]])}
+    known_model = [f.name for f in dataclasses.fields(MODEL_CONFIGS[merged["model"]["architecture"]])]
     for table, value in tables.items():
         _check_key(table, merged, where=where)
         if not isinstance(merged[table], dict):
@@ -376,10 +374,12 @@ def overlay(base: RunConfig, tables: Mapping[str, Any], *, where: str) -> RunCon
     parts: dict[str, Any] = {}
     for name in rooms:
         kind = MODEL_CONFIGS[merged["model"]["architecture"]] if name == "model" else type(getattr(base, name))
-        try:
-            parts[name] = msgspec.convert(merged[name], kind)
-        except msgspec.ValidationError as error:
-            raise ConfigError("wrong type in the configuration", where=f"{where}: [{name}]", got=error) from error
+        if dataclasses.is_dataclass(kind):
+            hints = get_type_hints(kind)
+            fields = {key: _typed(value, hints[key], where=f"{where}: [{name}] {key}") for key, value in merged[name].items()}
+            parts[name] = kind(**fields)
+        else:
+            parts[name] = _typed(merged[name], kind, where=f"{where}: {name}")
     return RunConfig(**parts)
 
 
@@ -397,11 +397,27 @@ def _model_from(tables: Mapping[str, Any], *, where: str) -> ModelConfig:
     return MODEL_CONFIGS[architecture]()
 
 
-def _check_key(key: str, known: Any, *, where: str) -> None:
+def _typed(value: Any, kind: Any, *, where: str) -> Any:
+    """`value` as TOML gives it, as a field's type: lists become tuples, whole numbers may stand for others.
+
+    Raises:
+        ConfigError: it is none of that type.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        expected = ", ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else words.get(kind, str(kind))
+        raise ConfigError("wrong value in the configuration", where=where, expected=expected, got=repr(value)) from error
+
+
+def _check_key(key: str, known: Collection[str], *, where: str) -> None:
     if key not in known:
-        raise ConfigError(
-            "unknown key in the configuration", where=where, expected=", ".join(known), got=key, fix=_suggestion(key, list(known))
-        )
+        homes = [table for table, value in known.items() if isinstance(value, dict) and key in value] if isinstance(known, dict) else []
+        fix = f"put it under [{homes[0]}]" if homes else _suggestion(key, list(known))
+        raise ConfigError("unknown key in the configuration", where=where, expected=", ".join(known), got=key, fix=fix)
 
 
 def _suggestion(word: str, known: list[str]) -> str | None:

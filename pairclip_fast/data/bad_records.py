@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from pairclip_fast.data.manifest import REBUILD
 from pairclip_fast.data.shards import BadRecordError, ShardReader
 from pairclip_fast.errors import DataError
-from pairclip_fast.events import EventLog
+from pairclip_fast.events import Event, EventLog
 
 Policy = Literal["raise", "skip", "substitute"]
 BAD_SHARE = 0.001
 """Most records of a split that may be bad; at least one."""
 Ints = NDArray[np.int64]
+
+
+def bad_record_in_words(event: Event) -> str:
+    """A `bad_record` event for the console."""
+    return "bad record {shard}, byte {offset:,}, {key}: {reason}; policy: {policy}".format_map(event)
 
 
 class BadRecords:
@@ -53,8 +58,9 @@ class BadRecords:
             raise error
         shard, key = str(error.where).rsplit(": ", 1)
         offset, reason = int(self._reader.records.offsets[error.sample_id]), f"{error.what} (expected {error.expected}, got {error.got})"
-        self._events.emit("bad_record", shard=shard, offset=offset, key=key, reason=reason, policy=self._policy)
-        self._events.say(f"bad record {shard}, byte {offset:,}, {key}: {reason}; policy: {self._policy}")
+        event = {"shard": shard, "offset": offset, "key": key, "reason": reason, "policy": self._policy}
+        self._events.emit("bad_record", **event)
+        self._events.say(bad_record_in_words(event))
         self._add([error.sample_id])
 
     def replaced(self, sources: Ints) -> tuple[Ints, NDArray[np.bool_]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pairclip_fast.errors import DataError
+from pairclip_fast.errors import ConfigError
 from pairclip_fast.events import Event, last_attempts, read_events
 from pairclip_fast.report.arrays import Arrays, read_arrays
 from pairclip_fast.report.words import shown
@@ -114,13 +114,13 @@ def read_run(folder: Path) -> Run:
     """Everything the report needs from a run folder.
 
     Raises:
-        DataError: `folder` is not a run folder (neither a config nor an event in it).
+        ConfigError: `folder` is not a run folder (neither a config nor an event in it).
     """
     problems: list[str] = []
     config = _read_table(folder / "config.toml", problems)
     logged = _read_log(folder / "events.jsonl", problems)
     if not config and not logged:
-        raise DataError(
+        raise ConfigError(
             "not a run folder",
             where=folder,
             expected="config.toml and events.jsonl",

@@ -23,8 +23,7 @@ class EmbedOptions:
     features: Literal["projected", "pooled"] = "projected"
     """CLIP only: text embeddings after the projection (as CLIP compares them) or the pooled state before it."""
     preset: str = DEFAULT_PRESET
-    """Whose temperature and whitening rank the inspection uses."""
-
+    """Whose temperature and whitening the inspection uses; the bank itself is the same for all."""
     json: bool = False
     """Print the summary as one JSON object."""
 

@@ -29,6 +29,7 @@ from pairclip_fast.events import EventLog
 from pairclip_fast.kernels import ops
 from pairclip_fast.losses import ContrastiveLoss
 from pairclip_fast.telemetry.memory import GIB
+from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.evaluation import BATCH_PAIRS, UnderAutocast
 from pairclip_fast.train.loop import Trainee, train_step
 from pairclip_fast.train.planning import parts_on_paper
@@ -66,22 +67,25 @@ class Fit:
     predicted: int
 
 
-def within_budget(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, budget: int, events: EventLog) -> RunConfig:
-    """`config` with the micro-batches and recomputing that keep the training inside `budget` bytes; the fastest way that does.
+def within_budget(
+    config: RunConfig, *, data: Path, manifest: Manifest, run: Path, budget: int, processes: Processes, events: EventLog
+) -> RunConfig:
+    """`config` with the micro-batches and recomputing that keep each process inside `budget` bytes; the fastest way that does.
 
     Raises:
         EnvironmentLackingError: no way does.
     """
-    fits = predictions(config, data=data, manifest=manifest, run=run, events=events)
+    fits = predictions(config, data=data, manifest=manifest, run=run, processes=processes, events=events)
+    share = config.train.batch_size // processes.world_size
     best: Fit | None = None
     for fit in fits:
         best = fit if best is None or fit.predicted < best.predicted else best
         if fit.predicted * (1.0 + RESERVE) <= budget:
-            pairs = config.train.batch_size // fit.accumulate
+            pairs = share // fit.accumulate
             how = f"{pairs} pairs at a time{', activations recomputed' if fit.recompute else ''}"
             events.note(f"memory budget {budget / GIB:.2f} GiB: {how}, {fit.predicted / GIB:.2f} GiB predicted, {RESERVE:.0%} kept free")
             if fit.accumulate > config.optimizer.accumulate and config.loss.kind == "infonce":
-                events.note(f"InfoNCE contrasts the pairs of a micro-batch only: {pairs} instead of {config.train.batch_size}")
+                events.note(f"InfoNCE contrasts the pairs of a micro-batch only: {pairs} instead of {share}")
             return dataclasses.replace(
                 config,
                 optimizer=dataclasses.replace(config.optimizer, accumulate=fit.accumulate),
@@ -92,29 +96,29 @@ def within_budget(config: RunConfig, *, data: Path, manifest: Manifest, run: Pat
     raise EnvironmentLackingError(
         "the training does not fit into the memory budget",
         where="--memory-budget",
-        expected=f"at least {least:.2f} GiB, with {config.train.batch_size // best.accumulate} pairs at a time",
+        expected=f"at least {least:.2f} GiB, with {share // best.accumulate} pairs at a time",
         got=f"{budget / GIB:.2f} GiB",
         fix="raise the budget or choose a smaller preset",
     )
 
 
-def predictions(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> Iterator[Fit]:
+def predictions(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, processes: Processes, events: EventLog) -> Iterator[Fit]:
     """Ways to train, the one to be preferred first; a trial is made when the first way that needs it is asked for."""
-    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, events=events)
+    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, processes=processes, events=events)
     lines: dict[bool, Line] = {}
     evaluation = 0
-    for accumulate, recompute in ways(config):
+    for accumulate, recompute in ways(config, world_size=processes.world_size):
         if recompute not in lines:
             with torch.random.fork_rng(devices=[parts.placement.device] if parts.placement.is_cuda else []):
                 lines[recompute], evaluation = trial(parts, recompute=recompute, evaluation=evaluation, events=events)
-        pairs = config.train.batch_size // accumulate
+        pairs = config.train.batch_size // processes.world_size // accumulate
         predicted = max(lines[recompute].at(pairs), evaluation) + mapped_bytes(parts)
         yield Fit(accumulate=accumulate, recompute=recompute, predicted=predicted)
 
 
-def ways(config: RunConfig) -> Iterator[tuple[int, bool]]:
+def ways(config: RunConfig, *, world_size: int = 1) -> Iterator[tuple[int, bool]]:
     """(accumulate, recompute) in the order of what they cost: as configured, smaller pieces, recomputing, both to the end."""
-    batch, first = config.train.batch_size, config.optimizer.accumulate
+    batch, first = config.train.batch_size // world_size, config.optimizer.accumulate
     pieces = [count for count in range(first, batch + 1) if batch % count == 0 and count % first == 0]
     exact = config.loss.kind == "bank"  # pieces change what InfoNCE contrasts; recomputing changes nothing
     cheap = [count for count in pieces if count == first or (exact and batch // count >= EFFICIENT_PAIRS)]
@@ -139,7 +143,8 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
     loader = train_loader(parts, events=events)
     train = dataclasses.replace(parts.config.train, recompute=recompute, batch_size=max(TRIAL_PAIRS))
     optimizer = dataclasses.replace(parts.config.optimizer, accumulate=1)
-    parts = dataclasses.replace(parts, config=dataclasses.replace(parts.config, train=train, optimizer=optimizer))
+    config, buckets = dataclasses.replace(parts.config, train=train, optimizer=optimizer), parts.processes.world_size > 1
+    parts = dataclasses.replace(parts, config=config, processes=Processes())  # the others take no part
     trainee = build_trainee(parts)
     with contextlib.closing(loader):
         batches = iter(loader)
@@ -156,11 +161,13 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
             for _ in range(TRIAL_STEPS):
                 rank_noise(trainee, parts)
             evaluation = placement.memory_reading().peak or 0
+    # Data parallelism averages gradients in buckets, a second copy of them.
+    copied = sum(parameter.nbytes for parameter in trainee.module.parameters() if parameter.requires_grad) if buckets else 0
     del trainee, batches, kept
     gc.collect()  # a trainee holds itself, by its hook between encoder and loss
     placement.forget_memory_peak()
     per_pair, fixed = statistics.linear_regression(TRIAL_PAIRS, peaks)
-    return Line(fixed=fixed, per_pair=max(per_pair, 0.0)), evaluation
+    return Line(fixed=fixed + copied, per_pair=max(per_pair, 0.0)), evaluation
 
 
 def noise(parts: Parts, pairs: int) -> Batch:

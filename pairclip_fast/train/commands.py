@@ -49,7 +49,8 @@ def run_train(options: TrainOptions, *, events: EventLog | None = None) -> dict[
     with denormals_as_zeros():
         processes = join()
         try:
-            chosen, result = agree_on_run(options, processes=processes)
+            with processes.losses_told():
+                chosen, result = agree_on_run(options, processes=processes)
             if result is not None:
                 return result
             return train(chosen, processes=processes, text_encoder=options.text_encoder or "auto", events=events)
@@ -68,8 +69,11 @@ def agree_on_run(options: TrainOptions, *, processes: Processes) -> tuple[Chosen
     message = ""
     try:
         if processes.is_first:
-            chosen = fitted(run_folder.choose(options), options)
-            message = json.dumps({"chosen": chosen.to_json(), "result": result_without_training(options, chosen)})
+            chosen = run_folder.choose(options)
+            if options.resume and not chosen.resumes:
+                EventLog(None).note(f"there is no run in {chosen.folder} to resume: it is started")
+            chosen = fitted(chosen, options, processes=processes)
+            message = json.dumps({"chosen": chosen.to_json(), "result": result_without_training(options, chosen, processes=processes)})
     finally:
         message = processes.share(message)
     if not message:
@@ -78,7 +82,7 @@ def agree_on_run(options: TrainOptions, *, processes: Processes) -> tuple[Chosen
     return Chosen.from_json(shared["chosen"]), shared["result"]
 
 
-def fitted(chosen: Chosen, options: TrainOptions) -> Chosen:
+def fitted(chosen: Chosen, options: TrainOptions, *, processes: Processes) -> Chosen:
     """The run inside the memory budget, if there is one. A run that was begun keeps what was chosen for it then.
 
     Raises:
@@ -90,19 +94,21 @@ def fitted(chosen: Chosen, options: TrainOptions) -> Chosen:
     if chosen.resumes:
         console.note("--memory-budget was settled when the run was started: it goes on as it was")
         return chosen
-    manifest = open_data(chosen.data, chosen.config)
+    manifest = open_data(chosen.data, chosen.config, processes=processes)
     if not options.dry_run:  # now, so that the text encoder's memory is in the trials too
         bank_for(chosen.data, manifest, text_encoder=options.text_encoder or "auto", events=console)
-    config = within_budget(chosen.config, data=chosen.data, manifest=manifest, run=chosen.folder, budget=budget, events=console)
+    config = within_budget(
+        chosen.config, data=chosen.data, manifest=manifest, run=chosen.folder, budget=budget, processes=processes, events=console
+    )
     return dataclasses.replace(chosen, config=config)
 
 
-def result_without_training(options: TrainOptions, chosen: Chosen) -> dict[str, Any] | None:
+def result_without_training(options: TrainOptions, chosen: Chosen, *, processes: Processes) -> dict[str, Any] | None:
     """The plan of a dry run, the result of a run that has ended, or None."""
     console = EventLog(None)
     if options.dry_run:
-        manifest = open_data(chosen.data, chosen.config)
-        plan = dry_plan(chosen.config, data=chosen.data, manifest=manifest, run=chosen.folder, events=console)
+        manifest = open_data(chosen.data, chosen.config, processes=processes)
+        plan = dry_plan(chosen.config, data=chosen.data, manifest=manifest, run=chosen.folder, processes=processes, events=console)
         for line in plan.lines():
             console.say(line)
         return {"dry_run": True, "run": str(chosen.folder), "plan": plan.to_json()}
@@ -119,9 +125,9 @@ def run_eval(options: EvalOptions, *, events: EventLog | None = None) -> dict[st
         The metrics of `evaluations/<split>.json`, or of `<split>-<digest>.json` for other data than the run's.
 
     Raises:
-        ConfigError: not a run folder.
+        ConfigError: not a run folder, or no such split.
         CheckpointError: no whole checkpoint, or one of another model.
-        DataError: other class names, or no such split.
+        DataError: other class names.
     """
     events = events or EventLog(None)
     run = options.run

@@ -7,17 +7,25 @@ time or signals are taken by agreement over gloo on the CPU, which does not make
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pairclip_fast.errors import ConfigError
+from pairclip_fast.errors import ConfigError, EnvironmentLackingError, one_line
 
 AGREEMENT_STEPS = 8
 """Steps between two agreements on signals; one costs about 0.1 ms."""
+T = TypeVar("T")
+
+
+class LostProcessError(EnvironmentLackingError):
+    """Another process of the run has ended before its time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value`, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def share_buffers(self, module: nn.Module) -> None:
         """The first process's buffers, everywhere. Data parallelism shares them before a step, and each process moves its own in it."""
         if self.world_size > 1:
@@ -72,6 +88,25 @@ class Processes:
         if self.world_size == 1:
             return None
         return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    @contextlib.contextmanager
+    def losses_told(self) -> Iterator[None]:
+        """Where processes meet: that one of them is gone is an error in our words.
+
+        Raises:
+            LostProcessError: in place of the backend's error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise LostProcessError(
+                "another process of the run has ended",
+                where=f"process {self.rank} of {self.world_size}",
+                got=one_line(error),
+                fix="see what it said, and continue with --resume",
+            ) from error
 
     def leave(self) -> None:
         """Say good-bye to the others."""

@@ -17,7 +17,7 @@ from pairclip_fast.data.bad_records import Policy
 from pairclip_fast.data.loader import Batch, Loader, make_loader
 from pairclip_fast.data.manifest import Manifest, read_manifest
 from pairclip_fast.data.shards import ShardReader
-from pairclip_fast.errors import DataError
+from pairclip_fast.errors import ConfigError, DataError
 from pairclip_fast.evaluate import Evaluation, PixelStatistics, evaluate
 from pairclip_fast.events import EventLog
 from pairclip_fast.losses import ContrastiveLoss
@@ -84,7 +84,8 @@ class Evaluator:
 
     Raises:
         BadRecordError: a record is bad, and that is to stop.
-        DataError: the folder lacks the split, or has other classes or pictures of another size.
+        ConfigError: the folder lacks the split.
+        DataError: it has other classes, or pictures of another size.
     """
 
     def __init__(
@@ -178,7 +179,8 @@ def check_fit(manifest: Manifest, *, split: str, trained_on: Manifest, bank: Cap
     """Whether a run can be evaluated on a data folder.
 
     Raises:
-        DataError: another set of classes, another picture size, or no such split.
+        DataError: another set of classes, or another picture size.
+        ConfigError: no such split.
     """
     if tuple(manifest.class_names) != tuple(bank.class_names):
         only_run = [name for name in bank.class_names if name not in manifest.class_names]
@@ -195,7 +197,7 @@ def check_fit(manifest: Manifest, *, split: str, trained_on: Manifest, bank: Cap
     if shape != expected:
         raise DataError("the data folder has pictures of another size", where=where, expected=expected, got=shape)
     if split not in manifest.splits:
-        raise DataError(
+        raise ConfigError(
             "the data folder has no such split",
             where=where,
             expected=", ".join(manifest.splits),

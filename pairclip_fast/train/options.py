@@ -30,7 +30,7 @@ class TrainOptions:
     preset: str | None = None
     """Preset to start from (default: vit)."""
     amp: bool = False
-    """Mixed precision where the device computes it natively."""
+    """Mixed precision (bfloat16 or float16 beside float32) where this device is faster with it."""
     epochs: int | None = None
     """Passes over the training pairs."""
     batch_size: int | None = None
@@ -50,7 +50,7 @@ class TrainOptions:
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where to train."""
     memory_budget: str | None = None
-    """Stay below this much memory (6GiB, 900MiB) with smaller micro-batches and recomputing; on a GPU of its memory."""
+    """Stay below this much memory (6GiB, 900MiB) in each process, with smaller micro-batches and recomputing; on a GPU of its memory."""
     seed: int | None = None
     """Seed of weights, order and augmentation."""
     resume: bool = False
@@ -58,7 +58,7 @@ class TrainOptions:
     config: Path | None = None
     """TOML file with the same tables as a preset, any subset of keys."""
     text_encoder: str | None = None
-    """Text encoder to embed the captions with if the data folder has no bank yet (default: auto)."""
+    """Text encoder of the captions (default: the data folder's, else auto); a bank that another one has made is made anew."""
     dry_run: bool = False
     """Print plan, sizes and time estimate; touch nothing."""
     json: bool = False
@@ -97,7 +97,8 @@ def resolve_config(options: TrainOptions, *, base: RunConfig | None = None, only
     if options.preset is not None:
         tables["preset"] = options.preset
     if base is None:
-        base = load_preset(str(tables.get("preset", DEFAULT_PRESET)))
+        where = "--preset" if options.preset is not None or options.config is None else f"{options.config}: preset"
+        base = load_preset(str(tables.get("preset", DEFAULT_PRESET)), where=where)
     for name, flags in _flag_tables(options, tables, base).items():
         if isinstance(tables.setdefault(name, {}), dict):  # what is no table is refused below
             tables[name] = tables[name] | flags

@@ -109,7 +109,7 @@ def make_plan(parts: Parts, trainee: Trainee, *, loader: str, compiled: str, ste
         epochs=config.train.epochs,
         total_pflop=work.until(parts.total_steps) / 1e15,
         eta_s=(work.until(parts.total_steps) - work.until(steps_done)) / (speed * parts.processes.world_size)
-        + ranked * FORWARD_SHARE / found.pairs_per_second,
+        + ranked * FORWARD_SHARE / (found.pairs_per_second * parts.processes.world_size),
         memory_gib={item: size / GIB for item, size in counted.items() if size is not None},
         device=f"{parts.placement.device.type} ({parts.placement.description})",
         precision=f"{parts.precision.name} ({parts.precision.reason})",
@@ -176,18 +176,20 @@ def count_work(parts: Parts, module: LossModule, *, phases: Sequence[Phase]) -> 
     )
 
 
-def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> TrainingPlan:
-    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing."""
-    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, events=events)
+def dry_plan(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, processes: Processes, events: EventLog) -> TrainingPlan:
+    """The plan of a run that is not started: reads the data folder, writes nothing, embeds nothing, needs no other process."""
+    parts = parts_on_paper(config, data=data, manifest=manifest, run=run, processes=processes, events=events)
     placement = parts.placement
     backend = choose_backend(config.train.loader, device=placement.device, events=events)
     with torch.random.fork_rng(devices=[placement.device] if placement.is_cuda else []):
-        trainee = build_trainee(parts)
+        trainee = build_trainee(dataclasses.replace(parts, processes=Processes()))
         reason = why_eager(trainee, setting=config.train.compile, events=events)
         return make_plan(parts, trainee, loader=backend, compiled="compiled" if reason is None else f"eager ({reason})")
 
 
-def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog) -> Parts:
+def parts_on_paper(
+    config: RunConfig, *, data: Path, manifest: Manifest, run: Path, events: EventLog, processes: Processes | None = None
+) -> Parts:
     """The parts of a run that is not started, for its plan or for a trial; writes nothing.
 
     Without a caption bank on disk, the bank's size is taken from the configuration and its features are noise: the cost is
@@ -202,8 +204,15 @@ def parts_on_paper(config: RunConfig, *, data: Path, manifest: Manifest, run: Pa
         events.note(f"the captions are not embedded yet: {bank.dim} dimensions assumed")
     if paths and bank.kind == "raw":
         bank = used_bank(bank, config)
-    processes = Processes()
-    return Parts(config=config, data=data, manifest=manifest, bank=bank, placement=placement, precision=precision, processes=processes)
+    return Parts(
+        config=config,
+        data=data,
+        manifest=manifest,
+        bank=bank,
+        placement=placement,
+        precision=precision,
+        processes=processes or Processes(),
+    )
 
 
 def _noise_bank(config: RunConfig, manifest: Manifest) -> CaptionBank:

@@ -22,12 +22,13 @@ from pairclip_fast.errors import EnvironmentLackingError, StorageError
 from pairclip_fast.events import EventLog
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger
 from pairclip_fast.train.checkpoint import CheckpointStore, checkpoint_name, checkpoint_step, load
-from pairclip_fast.train.distributed import AGREEMENT_STEPS
+from pairclip_fast.train.distributed import AGREEMENT_STEPS, LostProcessError
 from pairclip_fast.train.evaluation import Evaluator, scalars, write_evaluation
 from pairclip_fast.train.ledgers import Ledgers
 from pairclip_fast.train.loop import StepResult, Trainee, train_epoch
 from pairclip_fast.train.planning import TrainingPlan
 from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.relay import Relay
 from pairclip_fast.train.setup import Parts
 from pairclip_fast.train.signals import STOPPING, SignalFlags
 from pairclip_fast.train.state import capture, evaluated_weights, load_module
@@ -66,11 +67,12 @@ class Runner:
         identity: dict[str, Any],
         peak: float,
         memory: MemoryLedger,
+        relay: Relay,
         events: EventLog,
     ) -> None:
         self.run, self.parts, self.trainee, self.progress, self.loader = run, parts, trainee, progress, loader
         self.evaluator, self.store, self.plan, self.identity, self.peak, self.events = evaluator, store, plan, identity, peak, events
-        self.signals = SignalFlags()
+        self.relay, self.signals = relay, SignalFlags()
         self.failed_save: StorageError | None = None
         self.evaluation_s = 0.0
         self._said_starved = False
@@ -87,7 +89,8 @@ class Runner:
         Raises:
             InterruptedRunError, TerminatedRunError: a signal asked to stop; everything is saved.
             NumericsError: a loss or gradient is not finite; the last checkpoint is untouched.
-            EnvironmentLackingError: the device ran out of memory; everything is saved.
+            EnvironmentLackingError: the device ran out of memory, or another process has ended; everything is saved, unless the
+                optimizer was at work: then the last checkpoint is untouched.
             StorageError: the last save failed.
         """
         progress, steps = self.progress, self.parts.steps_per_epoch
@@ -102,10 +105,14 @@ class Runner:
 
     def _train_epoch(self) -> bool:
         try:
-            return train_epoch(self.trainee, self.loader, self.progress, after_step=self._after_step)
-        except torch.OutOfMemoryError as error:
+            with self.parts.processes.losses_told():
+                return train_epoch(self.trainee, self.loader, self.progress, after_step=self._after_step)
+        except (torch.OutOfMemoryError, LostProcessError) as error:
             self.trainee.optimizer.zero_grad(set_to_none=True)
-            self.save()
+            if self.trainee.is_whole:
+                self.save()
+            if isinstance(error, LostProcessError):
+                raise
             raise out_of_memory(error, config=self.parts.config, where=f"step {self.progress.step}") from error
 
     def _after_step(self, batch: Batch, result: StepResult) -> bool:
@@ -212,6 +219,7 @@ class Runner:
         self.ledgers.lap("other")
         self.ledgers.end_training()
         metrics = self._evaluate()
+        self.relay.tell()
         self.ledgers.end_evaluation()
         best = metrics is not None and progress.take_in(metrics, checkpoint=checkpoint_name(progress.step))
         if metrics is not None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pairclip_fast.config import RunConfig
 from pairclip_fast.data.manifest import Manifest, read_manifest
 from pairclip_fast.data.places import MANIFEST_NAME, default_folder
-from pairclip_fast.errors import CheckpointError, ConfigError, DataError, PairclipError, one_line
+from pairclip_fast.errors import CheckpointError, ConfigError, PairclipError, one_line
 from pairclip_fast.events import Event, EventLog
 from pairclip_fast.storage import FolderLock, write_atomic
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger
@@ -24,12 +25,13 @@ from pairclip_fast.train import run_folder
 from pairclip_fast.train.checkpoint import CheckpointStore, Snapshot, load
 from pairclip_fast.train.compiling import compile_encoder
 from pairclip_fast.train.device import choose_device
-from pairclip_fast.train.distributed import Processes
+from pairclip_fast.train.distributed import Processes, local_batch
 from pairclip_fast.train.evaluation import FOLDER as EVALUATIONS
 from pairclip_fast.train.evaluation import Evaluator
 from pairclip_fast.train.planning import TrainingPlan, blocks_of, kernels_of, make_plan, tell_slower_blocks, tell_slower_kernels
 from pairclip_fast.train.precision import choose_precision
 from pairclip_fast.train.progress import Progress
+from pairclip_fast.train.relay import Relay
 from pairclip_fast.train.run_folder import Chosen
 from pairclip_fast.train.runner import Runner, out_of_memory, result
 from pairclip_fast.train.setup import Parts, build_trainee, prepare, run_bank, train_loader
@@ -39,16 +41,17 @@ from pairclip_fast.train.state import restore
 CHECKPOINTS = "checkpoints"
 
 
-def open_data(folder: Path, config: RunConfig) -> Manifest:
+def open_data(folder: Path, config: RunConfig, *, processes: Processes) -> Manifest:
     """The manifest of the data folder to train on.
 
     Raises:
-        DataError: there is no data folder, or it is damaged.
-        ConfigError: fewer training pairs than a batch.
+        DataError: the data folder is damaged.
+        ConfigError: there is none, it has fewer training pairs than a batch, or the batch does not divide evenly.
     """
+    local_batch(config.train.batch_size, processes=processes, accumulate=config.optimizer.accumulate)
     if not folder.exists():
-        fix = "make it with `pairclip-fast shard`" + ("" if folder == default_folder() else f" --out {folder}")
-        raise DataError("there is no data folder", where=folder, fix=fix)
+        command = "pairclip-fast shard" + ("" if folder == default_folder() else f" --out {shlex.quote(str(folder))}")
+        raise ConfigError("there is no data folder", where=folder, fix=f"make it with `{command}`")
     manifest = read_manifest(folder)
     count = manifest.splits["train"].count
     if count < config.train.batch_size:
@@ -77,22 +80,24 @@ def train(
         PairclipError: see `Runner.finish`, `choose_device`, `CheckpointStore.newest`.
     """
     processes = processes or Processes()
-    manifest = open_data(chosen.data, chosen.config)
+    manifest = open_data(chosen.data, chosen.config, processes=processes)
     with contextlib.ExitStack() as stack:
         if processes.is_first:
             stack.enter_context(FolderLock(chosen.folder))
             log = EventLog(chosen.folder / run_folder.EVENTS, attempt=run_folder.next_attempt(chosen.folder))
         else:
             log = EventLog(None, console=False)
+        relay = Relay(processes, events=log)
         stack.callback(log.close)
         if events is not None:
             log.subscribe(forward_to(events))
         try:
-            try:
-                runner = set_up(chosen, manifest=manifest, processes=processes, text_encoder=text_encoder, stack=stack, events=log)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(error, config=chosen.config, where="before the first step") from error
-            return runner.finish()
+            with processes.losses_told():
+                try:
+                    runner = set_up(chosen, manifest=manifest, relay=relay, text_encoder=text_encoder, stack=stack, events=log)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(error, config=chosen.config, where="before the first step") from error
+                return runner.finish()
         except Exception as error:
             tell_failure(error, events=log)
             raise
@@ -107,11 +112,9 @@ def tell_failure(error: Exception, *, events: EventLog) -> None:
         events.emit("finished", reason="failed", error=str(error) if expected else one_line(error))
 
 
-def set_up(
-    chosen: Chosen, *, manifest: Manifest, processes: Processes, text_encoder: str, stack: contextlib.ExitStack, events: EventLog
-) -> Runner:
+def set_up(chosen: Chosen, *, manifest: Manifest, relay: Relay, text_encoder: str, stack: contextlib.ExitStack, events: EventLog) -> Runner:
     """Build every part of a run, restore it if it was begun, announce the plan. `stack` closes what is opened."""
-    run, config = chosen.folder, chosen.config
+    run, config, processes = chosen.folder, chosen.config, relay.processes
     store = CheckpointStore(run / CHECKPOINTS, events=events)
     if processes.is_first:
         store.clean()
@@ -154,6 +157,7 @@ def set_up(
     if snapshot is not None:
         progress = restore(trainee, snapshot, where=where)
         loader.load_state_dict(snapshot.state["loader"])
+    relay.tell()
     write_record(chosen, manifest=manifest, parts=parts, events=events)
     announce(run, plan, identity=identity, progress=progress, peak=peak, events=events)
     return Runner(
@@ -168,6 +172,7 @@ def set_up(
         identity=identity,
         peak=peak,
         memory=memory,
+        relay=relay,
         events=events,
     )
 

@@ -145,8 +145,13 @@ def test_wrong_usage_exits_2_and_names_it(arguments: tuple[str, ...], words: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
-    result = run("verify", "--data", "nowhere", folder=tmp_path)
+@pytest.mark.parametrize(
+    "arguments",
+    [("verify", "--data", "nowhere"), ("train", "--data", "nowhere"), ("eval", "--run", "nowhere"), ("report", "--run", "nowhere")],
+    ids=" ".join,
+)
+def test_a_missing_folder_is_named(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = run(*arguments, folder=tmp_path)
     assert result.returncode == 2
     assert "nowhere" in result.stderr
     assert "Traceback" not in result.stderr

@@ -150,12 +150,13 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ({"model": {"architecture": "resnet"}}, ["unknown architecture", "resnet", "tile_conv"]),
         ({"model": 3}, ["model", "a table", "3"]),
         ({"train": 3}, ["train", "a table", "3"]),
-        ({"train": {"epochs": "many"}}, ["[train]", "wrong type", "epochs"]),
-        ({"train": {"epochs": 2.5}}, ["[train]", "wrong type", "epochs"]),
-        ({"train": {"amp": 1}}, ["[train]", "wrong type", "amp"]),
-        ({"optimizer": {"betas": [0.9]}}, ["[optimizer]", "wrong type", "betas"]),
-        ({"loss": {"kind": "hinge"}}, ["[loss]", "wrong type", "hinge"]),
-        ({"preset": 5}, ["wrong type", "preset"]),
+        ({"train": {"epochs": "many"}}, ["[train]", "wrong value", "epochs"]),
+        ({"train": {"epochs": 2.5}}, ["[train]", "wrong value", "epochs"]),
+        ({"train": {"amp": 1}}, ["[train]", "wrong value", "amp"]),
+        ({"optimizer": {"betas": [0.9]}}, ["[optimizer]", "wrong value", "betas"]),
+        ({"loss": {"kind": "hinge"}}, ["[loss] kind", "wrong value", "'bank', 'infonce'", "hinge"]),
+        ({"epochs": 3}, ["epochs", "put it under [train]"]),
+        ({"preset": 5}, ["wrong value", "preset"]),
         ({"train": {"batch_size": 1}}, ["train.batch_size", "2 or more", "contrast"]),
         ({"train": {"seed": -1}}, ["train.seed"]),
         ({"loss": {"temperature": 0.001}}, ["loss.temperature", "0.01 or more"]),
@@ -167,7 +168,7 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ({"optimizer": {"lr": float("inf")}}, ["optimizer.lr", "finite"]),
         ({"loss": {"temperature": float("inf")}}, ["loss.temperature", "finite"]),
         ({"augment": {"flip_probability": 1.5}}, ["augment.flip_probability"]),
-        ({"augment": {"border": "reflekt"}}, ["[augment]", "wrong type", "reflekt"]),
+        ({"augment": {"border": "reflekt"}}, ["[augment]", "wrong value", "reflekt"]),
         ({"augment": {"cutout_size": -1}}, ["augment.cutout_size"]),
         ({"augment": {"mix_alpha": 0.0}}, ["augment.mix_alpha", "0.05"]),
         ({"augment": {"alternating_flip": True}}, ["augment.flip_probability", "0.5", "alternating_flip"]),
@@ -190,6 +191,12 @@ def test_every_mistake_is_named(tables: dict[str, Any], words: list[str]) -> Non
     assert failure.value.exit_code == 2
     for word in words:
         assert word in str(failure.value)
+
+
+def test_a_mistake_in_a_file_is_looked_for_there(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('preset = "fst"')
+    with pytest.raises(ConfigError, match=r"run\.toml: preset"):
+        resolve_config(TrainOptions(config=tmp_path / "run.toml"))
 
 
 def test_overlay_keeps_what_is_not_named() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pairclip_fast.errors import DataError
+from pairclip_fast.errors import ConfigError
 from pairclip_fast.events import EventLog
 from pairclip_fast.report.commands import render_report, run_report
 from pairclip_fast.report.data import read_run
@@ -342,8 +342,8 @@ def test_values_of_wrong_types_everywhere(fake_run: MakeRun) -> None:
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         run_report(tmp_path, events=EventLog(console=False))
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(ConfigError, match="no such folder"):
         run_report(tmp_path / "absent", events=EventLog(console=False))
     assert list(tmp_path.iterdir()) == []

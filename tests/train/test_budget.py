@@ -19,6 +19,7 @@ from pairclip_fast.events import Event, EventLog
 from pairclip_fast.telemetry.memory import GIB
 from pairclip_fast.train import budget, device
 from pairclip_fast.train.budget import Fit, Line, ways, within_budget
+from pairclip_fast.train.distributed import Processes
 from pairclip_fast.train.options import TrainOptions, budget_bytes
 from pairclip_fast.train.run_folder import choose
 
@@ -45,6 +46,11 @@ def test_ways_go_from_cheap_to_dear() -> None:
     assert [pieces for pieces, again in found if not again] == [1, 2, 4, 8], "not below 16 of 128 pairs without recomputing"
     assert [pieces for pieces, again in found if again] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert found == sorted(found, key=lambda way: (way[1], way[0]))
+
+
+def test_of_several_processes_each_cuts_its_own_share() -> None:
+    assert [pieces for pieces, again in ways(VIT, world_size=4) if not again] == [1, 2]
+    assert [pieces for pieces, again in ways(VIT, world_size=4) if again] == [1, 2, 4, 8, 16, 32]
 
 
 def test_infonce_is_recomputed_before_it_is_cut() -> None:
@@ -78,7 +84,9 @@ def fitted(data_template: Path, events: EventLog, predicted: None) -> Callable[.
 
     def fit(size_gib: float, config: RunConfig = VIT) -> RunConfig:
         manifest = read_manifest(data_template)
-        return within_budget(config, data=data_template, manifest=manifest, run=Path(), budget=int(size_gib * GIB), events=events)
+        return within_budget(
+            config, data=data_template, manifest=manifest, run=Path(), budget=int(size_gib * GIB), processes=Processes(), events=events
+        )
 
     return fit
 
@@ -143,7 +151,7 @@ def test_a_trial_weighs_no_workspace_of_the_size_before(
     monkeypatch.setattr(device.tower, "drop_free_workspaces", lambda: happened.append("dropped"))
     monkeypatch.setattr(budget, "train_step", lambda _trainee, batch, **_: happened.append(f"{len(batch.valid)} pairs"))
     quiet = EventLog(None, console=False)
-    next(budget.predictions(config, data=data, manifest=read_manifest(data), run=tmp_path / "run", events=quiet))
+    next(budget.predictions(config, data=data, manifest=read_manifest(data), run=tmp_path / "run", processes=Processes(), events=quiet))
     followers = [after for before, after in itertools.pairwise(happened) if before == "dropped"]
     assert followers[: len(budget.TRIAL_PAIRS)] == [f"{pairs} pairs" for pairs in budget.TRIAL_PAIRS]
     assert happened[-1] == "dropped", "before the evaluation"

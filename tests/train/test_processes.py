@@ -39,7 +39,7 @@ timing.STEP_EVENT_SECONDS = timing.PEAK_SECONDS = probing.PROBE_SECONDS = 0.0
 kill_at = int(sys.argv[4])
 log = EventLog(None, console=False)
 def sink(event):
-    if event["event"] == "step" and event["step"] == kill_at:
+    if event["event"] == "step" and event["step"] == kill_at and os.environ.get("RANK", "1") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 log.subscribe(sink)
 result = run_train(TrainOptions(data=Path(sys.argv[1]), out=Path(sys.argv[2]), config=Path(sys.argv[3])), events=log)
@@ -140,13 +140,13 @@ processes.leave()
 
 def test_all_processes_evaluate_the_same_batch_statistics() -> None:
     """Each moved its own in the last step."""
-    lines = [output.split() for output in in_two_processes("-c", BUFFERS)]
+    lines = [output.split() for output, _ in in_two_processes("-c", BUFFERS)]
     assert [line[0] for line in lines] == ["False", "True"], "the first one's are everybody's"
     assert lines[0][1:] == lines[1][1:]
 
 
-def in_two_processes(*arguments: object) -> list[str]:
-    """What both printed."""
+def in_two_processes(*arguments: object, codes: tuple[int, int] = (0, 0)) -> list[tuple[str, str]]:
+    """What both printed and said; `codes` is how they end."""
     port = str(20_000 + os.getpid() % 30_000)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
@@ -155,8 +155,8 @@ def in_two_processes(*arguments: object) -> list[str]:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [output for output, _ in outputs]
+    assert tuple(process.returncode for process in processes) == codes, outputs
+    return outputs
 
 
 def test_two_processes_are_one(data: Path, tmp_path: Path, write_config: Callable[..., Path], whole: tuple[Path, dict[str, Any]]) -> None:
@@ -167,10 +167,81 @@ def test_two_processes_are_one(data: Path, tmp_path: Path, write_config: Callabl
     assert mine.keys() == theirs.keys()
     assert all(mine[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
     assert mine[1] == pytest.approx(theirs[1], rel=1e-6)
-    first, second = (json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1]) for output in outputs)
+    first, second = (json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1]) for output, _ in outputs)
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert first["num_pairs"] == whole[1]["metrics"]["num_pairs"] == 24
     assert first["loss"] == pytest.approx(whole[1]["metrics"]["loss"], rel=1e-3)
     started = logged(run, "run_started")
     assert len(started) == 1
     assert len(logged(run, "finished")) == 1
+
+
+RELAY = """
+import json
+from pairclip_fast.events import EventLog
+from pairclip_fast.train.distributed import join
+from pairclip_fast.train.relay import Relay
+processes = join()
+log = EventLog(None, console=processes.is_first)
+log.subscribe(lambda event: print(json.dumps(event)))
+relay = Relay(processes, events=log)
+def met(key):
+    log.emit("bad_record", shard="000.tar", offset=1000, key=key, reason="cut short", policy="skip")
+log.fallback("JPEG", chosen="pillow", reason="no libjpeg")
+log.fallback("kernels", chosen="torch", reason=f"processor {processes.rank}")
+met("everybody's")
+if processes.rank == 1:
+    met("its own")
+for _ in range(2):
+    relay.tell()
+processes.leave()
+"""
+
+
+def test_what_only_another_process_has_met_is_told_by_the_first_once() -> None:
+    (output, said), (_, nothing) = in_two_processes("-c", RELAY)
+    told = [json.loads(line) for line in output.splitlines()][3:]  # after its own
+    assert [(event["event"], event.get("process"), event.get("reason"), event.get("key")) for event in told] == [
+        ("fallback", None, "process 1: processor 1", None),
+        ("bad_record", 1, "cut short", "its own"),
+    ]
+    assert "process 1: bad record 000.tar, byte 1,000, its own: cut short; policy: skip" in said
+    assert nothing == ""
+
+
+def test_that_the_other_process_is_gone_is_said_and_nothing_is_lost(data: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    run, config = tmp_path / "run", write_config(tmp_path)
+    (_, first), _ = in_two_processes("-c", SCRIPT, data, run, config, 6, codes=(1, -signal.SIGKILL))
+    assert "another process of the run has ended" in first.splitlines()[-1] or "LostProcessError" in first
+    last = logged(run, "finished")[-1]
+    assert last["reason"] == "failed"
+    assert last["error"].startswith("another process of the run has ended")
+    assert logged(run, "checkpoint")[-1]["step"] == 6
+
+
+PLAN = """
+import json, sys
+from pathlib import Path
+from pairclip_fast.train.commands import run_train
+from pairclip_fast.train.options import TrainOptions
+options = TrainOptions(data=Path(sys.argv[1]), out=Path(sys.argv[2]), config=Path(sys.argv[3]), dry_run=True, memory_budget=sys.argv[4])
+print(json.dumps(run_train(options)))
+"""
+
+
+def test_two_processes_plan_for_two(data: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """Each has half the pairs: what it must hold is that of half the batch."""
+    run, config = tmp_path / "run", write_config(tmp_path)
+    (output, said), _ = in_two_processes("-c", PLAN, data, run, config, "100GiB")
+    assert json.loads(output)["plan"]["steps_per_epoch"] == 4
+    assert "8 pairs at a time" in said
+    assert not run.exists()
+
+
+def test_a_batch_that_two_processes_cannot_share_leaves_nothing_behind(
+    data: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    run, config = tmp_path / "run", write_config(tmp_path, {"train.batch_size": 15})
+    (_, first), _ = in_two_processes("-c", SCRIPT, data, run, config, -1, codes=(1, 1))
+    assert "the batch does not divide evenly" in first
+    assert not run.exists()

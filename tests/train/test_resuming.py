@@ -115,6 +115,14 @@ def test_a_run_that_lost_its_last_evaluation_makes_it_again(options: Options, tm
     assert (tmp_path / "run" / "evaluations" / "val.json").is_file()
 
 
+def test_a_run_that_resume_starts_is_said(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name with a typo would otherwise train from the beginning without a word."""
+    run_train(options(out="typo", resume=True, epochs=1))
+    assert f"there is no run in {tmp_path / 'typo'} to resume" in capsys.readouterr().err
+    run_train(options(out="typo", resume=True, epochs=1))
+    assert "to resume" not in capsys.readouterr().err
+
+
 def test_resume_without_out_takes_the_newest_run(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no run"):

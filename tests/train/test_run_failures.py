@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,29 @@ def test_out_of_memory_saves_and_says_what_may_fit(
     monkeypatch.setattr(loop, "train_step", step)
     run_train(options(resume=True))
     assert losses(tmp_path / "run") == losses(whole[0])
+    assert weights(tmp_path / "run") == weights(whole[0])
+
+
+def test_out_of_memory_in_the_middle_of_an_update_saves_nothing(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    """Some weights have moved and some have not."""
+    update, steps = torch.optim.AdamW.step, itertools.count()
+
+    def exploding(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        if next(steps) == 6:
+            self.param_groups[0]["params"][0].data += 1.0
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", exploding)
+    with pytest.raises(EnvironmentLackingError, match="step 6"):
+        run_train(options())
+    checkpoints = [event["step"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "checkpoint"]
+    assert checkpoints == [4]
+    monkeypatch.undo()
+    hurry(monkeypatch)
+    run_train(options(resume=True))
     assert weights(tmp_path / "run") == weights(whole[0])
 
 

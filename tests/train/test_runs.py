@@ -104,13 +104,13 @@ def test_a_dry_run_tells_the_plan_and_touches_nothing(
     assert result["plan"]["parameters"] > 1_000
     assert "plan:" in capsys.readouterr().err
     assert "nothing was written" in render_train(result)
-    with pytest.raises(DataError, match="pairclip-fast shard"):
+    with pytest.raises(ConfigError, match="pairclip-fast shard"):
         run_train(TrainOptions(dry_run=True, data=tmp_path / "nowhere"))
 
 
 def test_missing_data_leaves_no_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="pairclip-fast shard"):
+    with pytest.raises(ConfigError, match="pairclip-fast shard"):
         run_train(TrainOptions())
     assert list(tmp_path.iterdir()) == []
 
@@ -210,7 +210,7 @@ def test_eval_refuses_other_classes_and_missing_splits(tmp_path: Path, data: Pat
         run_eval(EvalOptions(run=whole[0], data=data))
     splits = {name: split for name, split in manifest["splits"].items() if name != "test"}
     (data / MANIFEST_NAME).write_text(json.dumps(manifest | {"splits": splits}))
-    with pytest.raises(DataError, match="no such split"):
+    with pytest.raises(ConfigError, match="no such split"):
         run_eval(EvalOptions(run=whole[0], data=data, split="test"))
     with pytest.raises(ConfigError, match="not a run folder"):
         run_eval(EvalOptions(run=tmp_path))
