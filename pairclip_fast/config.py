@@ -86,11 +86,14 @@ class TileConvConfig:
     architecture: Literal["tile_conv"] = "tile_conv"
     width: int = 64
     """Channels of the first stage; the two that follow have 4 times as many."""
+    residuals: int = 0
+    """Convolutions beside a skip connection at the end of each of these two."""
     activation: Literal["gelu", "relu", "silu"] = "silu"
     """Activation after each normalisation."""
 
     def __post_init__(self) -> None:
         require(self.width >= 1, "model.width", "1 or more", self.width)
+        require(self.residuals >= 0, "model.residuals", "0 or more", self.residuals)
 
 
 LEAST_CONV_TILE = 9

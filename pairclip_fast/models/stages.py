@@ -44,6 +44,19 @@ class Stage(Halving):
         return normalise(self.refine(super().forward(pixels)), norm=self.norm2, activation=self.activation, pool=False)
 
 
+class Residual(nn.Module):
+    """Convolution, normalisation, activation, added to what went in."""
+
+    def __init__(self, channels: int, *, activation: Activation, norm: Norm) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels)
+        self.norm = norm(channels)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, pixels: Float[Tensor, "folded channels height width"]) -> Float[Tensor, "folded channels height width"]:
+        return pixels + normalise(self.conv(pixels), norm=self.norm, activation=self.activation, pool=False)
+
+
 def implementation(encoder: nn.Module, *, device: torch.device, autocast: torch.dtype | None, compiled: bool) -> Implementation:
     """What trains the convolutional stages of `encoder` under `autocast` to a dtype (None for none); the rest is as for `why_not_ours`."""
     if not any(isinstance(part, Halving) for part in encoder.modules()):

@@ -2,8 +2,8 @@
 
 The shape of the CIFAR speedruns (K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024): a frozen stem that
 whitens 2x2 patches, then three stages that each halve the picture right after their first convolution, and a global
-maximum; no residual connections, which so few layers do not need. Nothing depends on the size of a tile, so a run may train
-on small ones first.
+maximum. Further convolutions in the last two stages, where pixels are few, have skip connections beside them; the others
+need none. Nothing depends on the size of a tile, so a run may train on small ones first.
 
 Batch statistics are per process: with several processes a step is not equal to one process with the whole batch (use a
 transformer where that matters).
@@ -22,7 +22,7 @@ from pairclip_fast.config import LEAST_CONV_TILE, TileConvConfig
 from pairclip_fast.errors import ConfigError
 from pairclip_fast.models.blocks import ACTIVATIONS
 from pairclip_fast.models.encoder import ImageEncoder, join_tiles, split_tiles
-from pairclip_fast.models.stages import Stage
+from pairclip_fast.models.stages import Residual, Stage
 from pairclip_fast.models.whitening import FILTERS, WhitenedStem
 
 STAGE_WIDTHS = (1, 4, 4)
@@ -50,9 +50,11 @@ class TileConv(ImageEncoder):
         widths = [FILTERS, *(multiple * config.width for multiple in STAGE_WIDTHS)]
         self.tiles, self.feature_width = tiles, tiles * widths[-1]
         self.stem = WhitenedStem(ACTIVATIONS[config.activation]())
-        self.stages = nn.Sequential(
-            *(Stage(inputs, outputs, activation=config.activation, norm=nn.BatchNorm2d) for inputs, outputs in itertools.pairwise(widths))
-        )
+        self.stages = nn.Sequential()
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            self.stages.append(Stage(inputs, outputs, activation=config.activation, norm=nn.BatchNorm2d))
+            for _ in range(config.residuals if number else 0):
+                self.stages.append(Residual(outputs, activation=config.activation, norm=nn.BatchNorm2d))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:

@@ -36,7 +36,7 @@ models = st.one_of(
     st.builds(
         configs.TileViTConfig, width=st.just(192), heads=st.sampled_from([1, 2, 3]), depth=size, patch_size=st.sampled_from([2, 4, 8])
     ),
-    st.builds(configs.TileConvConfig, width=size, activation=st.sampled_from(["gelu", "relu", "silu"])),
+    st.builds(configs.TileConvConfig, width=size, residuals=st.integers(0, 3), activation=st.sampled_from(["gelu", "relu", "silu"])),
 )
 bank_losses = st.builds(configs.LossConfig, kind=st.just("bank"), temperature=st.floats(0.01, 10.0), label_smoothing=below_one)
 losses = st.one_of(
@@ -179,6 +179,7 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ({"model": {"architecture": "vit", "width": 0}}, ["model", "positive sizes"]),
         ({"model": {"architecture": "tile_vit", "width": 0}}, ["model", "positive sizes"]),
         ({"model": {"architecture": ["vit"]}}, ["unknown architecture", "['vit']"]),
+        ({"model": {"architecture": "tile_conv", "residuals": -1}}, ["model.residuals", "0 or more"]),
         ({"optimizer": {"eps": -1.0}}, ["optimizer.eps"]),
         ({"optimizer": {"muon_lr": -1.0}}, ["optimizer.muon_lr"]),
         ({"optimizer": {"muon_momentum": 2.0}}, ["optimizer.muon_momentum"]),

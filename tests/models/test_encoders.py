@@ -17,6 +17,7 @@ SMALL: dict[str, ModelConfig] = {
     "tile_vit": TileViTConfig(width=16, depth=2, heads=2, mlp_width=32, patch_size=4, stem_width=4),
     "tile_vit_plain": TileViTConfig(width=16, depth=2, heads=2, mlp_width=32, patch_size=4, stem_width=0),
     "tile_conv": TileConvConfig(width=4),
+    "tile_conv_residual": TileConvConfig(width=4, residuals=1),
 }
 
 

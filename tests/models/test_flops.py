@@ -32,14 +32,16 @@ def test_the_bank_costs_two_products() -> None:
     assert training_flops_per_pair(model, image_shape=SHAPE, num_captions=1000) - without == 4 * 1000 * 16
 
 
-def test_the_convolutional_model_by_hand() -> None:
+@pytest.mark.parametrize("residuals", [0, 1, 2])
+def test_the_convolutional_model_by_hand(residuals: int) -> None:
     width = 8
     with torch.device("meta"):
-        model = build_model(TileConvConfig(width=width), tiles=2, tile_size=(32, 32), dim=16)
+        model = build_model(TileConvConfig(width=width, residuals=residuals), tiles=2, tile_size=(32, 32), dim=16)
     stem = 12 * 24 * 31**2
     multiply_adds, channels, side = stem, 24, 31
     for wide in (width, 4 * width, 4 * width):
-        multiply_adds += 9 * channels * wide * side**2 + 9 * wide**2 * (side // 2) ** 2
+        refined = 1 + (residuals if wide > width else 0)
+        multiply_adds += 9 * channels * wide * side**2 + refined * 9 * wide**2 * (side // 2) ** 2
         channels, side = wide, side // 2
     cost = model_cost(model, image_shape=SHAPE, num_captions=0)
     assert cost.forward_flops == 2 * (2 * multiply_adds + 8 * width * 16)

@@ -13,7 +13,7 @@ from torch import nn
 from pairclip_fast.models import convolution, fused_norm, stages
 from pairclip_fast.models.blocks import ACTIVATIONS, Activation
 from pairclip_fast.models.fused_norm import normalise, takes
-from pairclip_fast.models.stages import Stage
+from pairclip_fast.models.stages import Residual, Stage
 from pairclip_fast.native import native
 
 SHAPES = [(3, 32, 7, 5), (2, 96, 8, 2), (9, 64, 15, 15), (17, 288, 3, 2), (2, 32, 2, 3)]
@@ -104,14 +104,14 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 @needs_native
-def test_in_a_stage_it_is_no_worse_than_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("residuals", [0, 1])
+def test_in_a_stage_it_is_no_worse_than_autocast(residuals: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss gradients of all parameters, against float64's; and the norms' buffers."""
     pixels = drawn(16, 32, 10, 10, seed=0).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(0)
-    start, weights = (
-        Stage(32, 64, activation="silu", norm=nn.BatchNorm2d).to(memory_format=torch.channels_last),
-        drawn(16, 64, 5, 5, seed=1),
-    )
+    start = nn.Sequential(Stage(32, 64, activation="silu", norm=nn.BatchNorm2d))
+    start.extend(Residual(64, activation="silu", norm=nn.BatchNorm2d) for _ in range(residuals))
+    start, weights = start.to(memory_format=torch.channels_last), drawn(16, 64, 5, 5, seed=1)
     found = []
     for way in ("exact", "ours", "autocast"):
         stage = copy.deepcopy(start).double() if way == "exact" else copy.deepcopy(start)
@@ -119,7 +119,8 @@ def test_in_a_stage_it_is_no_worse_than_autocast(monkeypatch: pytest.MonkeyPatch
             if way == "autocast":
                 patch.setattr(fused_norm, "takes", lambda *_args, **_named: False)
             result = stage(pixels.to(next(stage.parameters()).dtype))
-        assert (type(result.grad_fn).__name__ == "_NormaliseBackward") == (way == "ours")
+        last = result.grad_fn.next_functions[1][0] if residuals else result.grad_fn
+        assert (type(last).__name__ == "_NormaliseBackward") == (way == "ours")
         gradients = torch.autograd.grad((result.double() * weights).sum(), list(stage.parameters()))
         found.append(torch.cat([one.double().flatten() for one in gradients]))
     exact, ours, autocast = found

@@ -23,7 +23,7 @@ MUON = OptimizerConfig(kind="muon", lr=1e-2, muon_lr=0.1, muon_momentum=0.5, wei
 SMALL: list[ModelConfig] = [
     ViTConfig(width=16, depth=1, heads=2, mlp_width=16, patch_size=16),
     TileViTConfig(width=16, depth=2, heads=2, mlp_width=16, patch_size=8, stem_width=4),
-    TileConvConfig(width=4),
+    TileConvConfig(width=4, residuals=1),
 ]
 
 
