@@ -88,6 +88,9 @@ const Named kEngines[] = {
 #if defined(PAIRCLIP_BUILT_avx2)
     {"avx2", Level::avx2, avx2::engine<float>},
 #endif
+#if defined(PAIRCLIP_BUILT_avx512)
+    {"avx512", Level::avx512, avx512::engine<float>},
+#endif
 #if defined(PAIRCLIP_BUILT_avx512_bf16)
     {"avx512_bf16", Level::avx512_bf16, avx512_bf16::engine<bf16>},
 #endif

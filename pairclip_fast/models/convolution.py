@@ -1,9 +1,10 @@
 """3x3 convolutions on a CPU, by C++ of our own (`csrc/conv`) where it is faster than oneDNN's.
 
-Float32 with AVX2: all three products by minimal filtering, which needs a quarter of the multiplications. Bfloat16 with AMX: the weight
-gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles read where it lies. The rest
-is oneDNN's, but the input gradient as one more convolution, with the filters turned about: there oneDNN's forward pass reaches two to
-four times the rate of its own input gradient (record `train-step-cpu`; `benchmarks/train_step.py --preset fast` lists the rates).
+Float32 with AVX2, or with AMD's AVX-512: all three products by minimal filtering, which needs a quarter of the multiplications.
+Bfloat16 with AMX: the weight gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles
+read where it lies. The rest is oneDNN's, but the input gradient as one more convolution, with the filters turned about: there
+oneDNN's forward pass reaches two to four times the rate of its own input gradient (record `train-step-cpu`;
+`benchmarks/train_step.py --preset fast` lists the rates). With AMD's AVX-512 BF16 oneDNN is as fast as the processor, and left alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from pairclip_fast.models.precision import computing_format
 from pairclip_fast.native import native
 
-ENGINES = {torch.bfloat16: "amx", torch.float32: "avx2"}
-"""Instruction set of the native module with which ours wins, by format; the others are there for tests."""
+ENGINES = {torch.bfloat16: ("amx",), torch.float32: ("avx2", "avx512_bf16")}
+"""Instruction sets of the native module with which ours wins, by format; the others are there for tests."""
 BLOCK = 32
 """Output channels come in multiples of it in bfloat16."""
 
@@ -81,7 +82,7 @@ def channels_last(pixels: Float[Tensor, "batch channels height width"]) -> Shape
 def wins_here(numbers: torch.dtype) -> bool:
     """Whether ours is taken in that format on this machine."""
     module = native().module
-    return module is not None and module.conv.isa() == ENGINES.get(numbers)
+    return module is not None and module.conv.isa() in ENGINES.get(numbers, ())
 
 
 def _ours_wins(pixels: Tensor, weight: Tensor, numbers: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """Training a stack of transformer blocks on a CPU: one autograd function in C++ (`csrc/tower`), where it is faster than torch.
 
 Under bfloat16 autocast, on a CPU that multiplies bfloat16 fast, activations, and the residual stream too, are bfloat16 with float32
-sums, statistics and parameters; the gradients of the parameters are float32 and as near to float32's as autocast's are. On a CPU
-with AVX2 alone everything is float32.
+sums, statistics and parameters; the gradients of the parameters are float32 and as near to float32's as autocast's are. Without
+autocast, on AMD's processors and with AVX2 alone, everything is float32.
 
 All that the backward pass needs lies in one workspace, made once per shape and used again in the next step; the backward pass writes
 gradients over activations, so it runs once. Results are the same bits in every run and for any number of threads.
@@ -26,8 +26,10 @@ from pairclip_fast.native import native
 
 BLOCK = 32
 """Widths of heads and MLPs are multiples of it: two tiles."""
-ENGINES = {torch.bfloat16: BF16_SETS, torch.float32: ("avx2",)}
-"""Instruction sets of the native module with which ours wins, by format; the others are there for tests."""
+ENGINES = {torch.bfloat16: {name: name for name in BF16_SETS}, torch.float32: {"avx2": "avx2", "avx512_bf16": "avx512"}}
+"""By format, the instruction sets of the native module with which ours wins, and the engine for each; the others are there for tests.
+
+In float32 that is where the library is slow: on AMD's processors, the only ones to be called `avx512_bf16`, and with AVX2 alone."""
 MOST_FREE = 2
 """Workspaces that are kept although no graph needs them: the next step's, and that of a last, smaller batch."""
 
@@ -88,8 +90,7 @@ def why_not_here(numbers: torch.dtype) -> str | None:
 
 def best_engine(numbers: torch.dtype) -> str | None:
     """The instruction set that trains blocks in that format on this machine, given the extension; None if that does not pay."""
-    name: str = native().module.isa()
-    return name if name in ENGINES.get(numbers, ()) else None
+    return ENGINES.get(numbers, {}).get(native().module.isa())
 
 
 def takes(blocks: nn.ModuleList, tokens: Tensor) -> bool:

@@ -132,7 +132,7 @@ def test_a_wrong_weight_gradient_is_caught(fault: str, numbers: torch.dtype) -> 
 @pytest.mark.parametrize("numbers", FORMATS, ids=str)
 def test_in_training_it_is_near(numbers: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 as near as the library's; its float32 is nearer than ours. Wherever it wins: the code is the same here."""
-    monkeypatch.setattr(convolution, "ENGINES", {numbers: native().module.conv.isa()})
+    monkeypatch.setattr(convolution, "ENGINES", {numbers: (native().module.conv.isa(),)})
     least = WINOGRAD if numbers == torch.float32 else 0.0
     layer, pixels, gradient = Conv3x3(64, 32), drawn(6, 64, 7, 7, seed=0).float(), drawn(6, 32, 7, 7, seed=1)
     plain = torch.nn.Conv2d(64, 32, 3, padding=1, bias=False)
@@ -155,7 +155,7 @@ def test_in_training_it_is_near(numbers: torch.dtype, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("reason", ["float64", "no gradient", "odd channels", "frozen", "another processor"])
 def test_else_the_library_does_it(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     isa = "another" if reason == "another processor" else native().module.conv.isa()
-    monkeypatch.setattr(convolution, "ENGINES", dict.fromkeys(FORMATS, isa))
+    monkeypatch.setattr(convolution, "ENGINES", dict.fromkeys(FORMATS, (isa,)))
     layer = Conv3x3(64, 8 if reason == "odd channels" else 32).to(torch.float64 if reason == "float64" else torch.float32)
     layer.weight.requires_grad_(reason != "frozen")
     pixels = drawn(2, 64, 5, 5, seed=0, dtype=layer.weight.dtype).requires_grad_()
@@ -169,7 +169,7 @@ def test_else_the_library_does_it(reason: str, monkeypatch: pytest.MonkeyPatch) 
 def test_evaluation_in_float32_is_ours_too(
     without_gradients: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: native().module.conv.isa()})
+    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: (native().module.conv.isa(),)})
     layer, pixels = Conv3x3(64, 40), torch.randn(3, 64, 9, 7, generator=torch.Generator().manual_seed(0))
     with without_gradients():
         found = layer(pixels)

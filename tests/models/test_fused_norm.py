@@ -169,11 +169,11 @@ def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         return f"{found.name} ({found.reason})"
 
     isa = native().module.conv.isa()
-    assert {bf16: "amx", torch.float32: "avx2"} == convolution.ENGINES
-    monkeypatch.setattr(convolution, "ENGINES", {bf16: isa, torch.float32: "none here"})
+    assert {bf16: ("amx",), torch.float32: ("avx2", "avx512_bf16")} == convolution.ENGINES
+    monkeypatch.setattr(convolution, "ENGINES", {bf16: (isa,)})
     assert chosen() == f"cpp (C++, {isa}, bfloat16: gradient of the filters; pooling, normalisation and activation in one)"
     assert chosen(dtype=None) == f"cpp (C++, {isa}, float32: pooling, normalisation and activation in one)"
-    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: isa})
+    monkeypatch.setattr(convolution, "ENGINES", {torch.float32: (isa,)})
     assert chosen(dtype=None) == f"cpp (C++, {isa}, float32: convolution; pooling, normalisation and activation in one)"
     assert chosen(nn.Linear(1, 1)) == "none (the encoder has none)"
     assert chosen(device=torch.device("cuda")) == "torch (nothing of our own for cuda)"

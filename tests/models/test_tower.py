@@ -25,7 +25,7 @@ from pairclip_fast.native import native
 ENGINES: list[str] = native().module.tower.engines() if native().module else []
 pytestmark = pytest.mark.skipif(not ENGINES, reason=native().reason)
 FAST = [name for name in ENGINES if name not in ("emulated", "portable")]
-FLOAT32 = ("portable", "avx2")
+FLOAT32 = ("portable", "avx2", "avx512")
 SLACK = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-20}
 """Relative error that is always allowed."""
 Run = Callable[[nn.ModuleList, Tensor], Tensor]

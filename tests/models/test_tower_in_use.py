@@ -110,7 +110,10 @@ def test_the_choice_has_a_reason() -> None:
     assert chosen(compiled=True) == "torch (compiled by torch)"
 
 
-@pytest.mark.parametrize(("isa", "bfloat16", "float32"), [("amx", "amx", None), ("avx2", None, "avx2"), ("avx512", None, None)])
+@pytest.mark.parametrize(
+    ("isa", "bfloat16", "float32"),
+    [("amx", "amx", None), ("avx2", None, "avx2"), ("avx512", None, None), ("avx512_bf16", "avx512_bf16", "avx512")],
+)
 def test_each_machine_has_its_format(isa: str, bfloat16: str | None, float32: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(tower, "native", lambda: native()._replace(module=mock.Mock(isa=lambda: isa)))
