@@ -125,7 +125,7 @@ def main(words_given: Sequence[str] | None = None) -> int:
     waiting = {name: os.environ[name] for name in CHOICES if name in os.environ}
     events.say(f"threads: {threads}, as many busy programs; waiting: {waiting}")
     try:
-        config = configuration(asked.preset, batch_size=asked.batch_size)
+        config = configuration(asked.preset, batch_size=asked.batch_size, amp=True)
         with tempfile.TemporaryDirectory(prefix="pairclip-competition-") as folder, contextlib.closing(BusyPrograms(threads)) as programs:
             parts = Bench(Path(folder) / "data", pairs=DATA_PAIRS, epoch_pairs=DATA_PAIRS, events=events).parts(config)
             ours = OurStep(build_trainee(parts), parts)

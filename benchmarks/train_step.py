@@ -46,15 +46,16 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_step.py", description="Time of a training step on a CPU.", allow_abbrev=False)
     parser.add_argument("--preset", nargs="+", choices=preset_names(), default=DEFAULT_PRESETS, metavar="NAME", help="these presets")
     parser.add_argument("--batch-size", type=int, metavar="N", help="of ours and plain torch (default: the preset's)")
+    parser.add_argument("--no-amp", dest="amp", action="store_false", help="ours in float32, as `train` runs it without --amp")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="times that every variant is timed (default: 5)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every variant (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows, with the environment, to this file")
     return parser.parse_args(words)
 
 
-def configuration(preset: str, *, batch_size: int | None) -> RunConfig:
-    """The preset as `train --amp --device cpu` runs it."""
-    train: Record = {"device": "cpu", "amp": True} | ({"batch_size": batch_size} if batch_size else {})
+def configuration(preset: str, *, batch_size: int | None, amp: bool) -> RunConfig:
+    """The preset as `train --device cpu` runs it, with or without `--amp`."""
+    train: Record = {"device": "cpu", "amp": amp} | ({"batch_size": batch_size} if batch_size else {})
     return overlay(load_preset(preset), {"train": train}, where="benchmark")
 
 
@@ -178,7 +179,7 @@ def main(words_given: Sequence[str] | None = None) -> int:
     rows: list[Record] = []
     explained: Record = {}
     try:
-        configs = [configuration(preset, batch_size=asked.batch_size) for preset in asked.preset]
+        configs = [configuration(preset, batch_size=asked.batch_size, amp=asked.amp) for preset in asked.preset]
         with tempfile.TemporaryDirectory(prefix="pairclip-train-step-") as folder:
             bench = Bench(Path(folder) / "data", pairs=DATA_PAIRS, epoch_pairs=DATA_PAIRS, events=events)
             for config in configs:

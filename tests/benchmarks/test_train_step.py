@@ -76,7 +76,7 @@ def test_a_wrong_step_is_not_timed(bench: Bench, wrong: str, monkeypatch: pytest
 
     monkeypatch.setattr(ContrastiveLoss, "forward", spoilt)
     monkeypatch.setattr(train_step, "time_steps", None)
-    config = train_step.configuration("vit", batch_size=None)
+    config = train_step.configuration("vit", batch_size=None, amp=True)
     with pytest.raises(NumericsError, match="ours: not the loss and gradient of float64"):
         train_step.measure(bench, config, repeats=1, events=EventLog())
 
