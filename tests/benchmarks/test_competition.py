@@ -36,9 +36,11 @@ def test_busy_programs_compute_inside_and_only_there() -> None:
 
 
 def test_it_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def tiny(preset: str, *, batch_size: int | None) -> RunConfig:
+    def tiny(preset: str, *, batch_size: int | None, amp: bool) -> RunConfig:
         model = {"architecture": "vit", "width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
-        return overlay(load_preset(preset), {"model": model, "train": {"device": "cpu", "batch_size": batch_size or 40}}, where="test")
+        return overlay(
+            load_preset(preset), {"model": model, "train": {"device": "cpu", "amp": amp, "batch_size": batch_size or 40}}, where="test"
+        )
 
     monkeypatch.setattr(competition, "configuration", tiny)
     monkeypatch.setattr(competition, "DATA_PAIRS", 64)
