@@ -75,6 +75,7 @@ STEPS = (
     ("AMX", "train-step-fast-cpu", ("fast",)),
     ("AMD Zen 5", "train-step-amd-enhanced-256-cpu", ("enhanced",)),
     ("AMD Zen 5", "train-step-amd-cpu", ("enhanced", "vit", "fast")),
+    ("AMD Zen 5", "train-step-amd-float32-cpu", ("enhanced", "vit", "fast")),
     ("AMD Zen 3 (AVX2)", "train-step-avx2-cpu", ("enhanced", "vit", "fast")),
     ("Intel AVX-512", "train-step-float32-cpu", ("enhanced", "vit", "fast")),
 )

@@ -35,9 +35,9 @@ REPORT_TEMPERATURE = 0.07
 VERIFIED_PAIRS = 8
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 """Relative."""
-GRADIENT_TOLERANCE = {"fp32": 2e-2, "bf16": 2e-1, "fp16": 5e-2}
+GRADIENT_TOLERANCE = {"fp32": 2e-2, "bf16": 2.5e-1, "fp16": 5e-2}
 """Of the whole gradient, relative in the 2-norm. Rounding decides which of two nearly equal pixels is the larger, and the gradient
-of max pooling then goes to another place: with few pairs that alone makes 4e-3 in float32."""
+of max pooling then goes to another place: with few pairs that alone makes 4e-3 in float32, and 2e-1 in plain torch's bfloat16."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From image features and caption ids."""
 
