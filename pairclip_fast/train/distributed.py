@@ -159,5 +159,6 @@ def local_batch(batch_size: int, *, processes: Processes, accumulate: int) -> in
             where="train.batch_size",
             expected=f"a multiple of {processes.world_size} processes x {accumulate} micro-batches",
             got=batch_size,
+            fix=f"use --batch-size {max(batch_size // pieces, 1) * pieces}",
         )
     return batch_size // pieces

@@ -244,4 +244,5 @@ def test_a_batch_that_two_processes_cannot_share_leaves_nothing_behind(
     run, config = tmp_path / "run", write_config(tmp_path, {"train.batch_size": 15})
     (_, first), _ = in_two_processes("-c", SCRIPT, data, run, config, -1, codes=(1, 1))
     assert "the batch does not divide evenly" in first
+    assert "use --batch-size 14" in first
     assert not run.exists()
