@@ -36,6 +36,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def fields_of(event: Event) -> dict[str, Any]:
+    """What was recorded, without what the log itself adds: to record it again in another log."""
+    return {name: value for name, value in event.items() if name not in ("event", "time", "attempt")}
+
+
 class EventLog:
     """Append-only event log with any number of further sinks.
 

@@ -143,7 +143,7 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
     loader = train_loader(parts, events=events)
     train = dataclasses.replace(parts.config.train, recompute=recompute, batch_size=max(TRIAL_PAIRS))
     optimizer = dataclasses.replace(parts.config.optimizer, accumulate=1)
-    config, buckets = dataclasses.replace(parts.config, train=train, optimizer=optimizer), parts.processes.world_size > 1
+    several, config = parts.processes.world_size > 1, dataclasses.replace(parts.config, train=train, optimizer=optimizer)
     parts = dataclasses.replace(parts, config=config, processes=Processes())  # the others take no part
     trainee = build_trainee(parts)
     with contextlib.closing(loader):
@@ -162,7 +162,7 @@ def trial(parts: Parts, *, recompute: bool, evaluation: int, events: EventLog) -
                 rank_noise(trainee, parts)
             evaluation = placement.memory_reading().peak or 0
     # Data parallelism averages gradients in buckets, a second copy of them.
-    copied = sum(parameter.nbytes for parameter in trainee.module.parameters() if parameter.requires_grad) if buckets else 0
+    copied = sum(parameter.nbytes for parameter in trainee.module.parameters() if parameter.requires_grad) if several else 0
     del trainee, batches, kept
     gc.collect()  # a trainee holds itself, by its hook between encoder and loss
     placement.forget_memory_peak()

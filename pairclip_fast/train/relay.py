@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pairclip_fast.data.bad_records import bad_record_in_words
-from pairclip_fast.events import Event, EventLog
+from pairclip_fast.events import Event, EventLog, fields_of
 from pairclip_fast.train.distributed import Processes
 
 TOLD = ("bad_record", "fallback")
@@ -45,8 +45,7 @@ class Relay:
         if event["event"] == "fallback":
             self._events.fallback(event["what"], chosen=event["chosen"], reason=f"process {rank}: {event['reason']}")
         else:
-            fields = {name: value for name, value in event.items() if name not in ("event", "time", "attempt")}
-            self._events.emit("bad_record", process=rank, **fields)
+            self._events.emit("bad_record", process=rank, **fields_of(event))
             self._events.say(f"process {rank}: {bad_record_in_words(event)}")
 
 

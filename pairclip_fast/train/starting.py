@@ -16,7 +16,7 @@ from pairclip_fast.config import RunConfig
 from pairclip_fast.data.manifest import Manifest, read_manifest
 from pairclip_fast.data.places import MANIFEST_NAME, default_folder
 from pairclip_fast.errors import CheckpointError, ConfigError, PairclipError, one_line
-from pairclip_fast.events import Event, EventLog
+from pairclip_fast.events import Event, EventLog, fields_of
 from pairclip_fast.storage import FolderLock, write_atomic
 from pairclip_fast.telemetry.memory_ledger import MemoryLedger
 from pairclip_fast.telemetry.tensorboard import tensorboard_sink
@@ -293,6 +293,6 @@ def forward_to(events: EventLog) -> Any:
     """A sink that emits every event again in another log."""
 
     def sink(event: Event) -> None:
-        events.emit(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time", "attempt")})
+        events.emit(event["event"], **fields_of(event))
 
     return sink
