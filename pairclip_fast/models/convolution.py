@@ -4,7 +4,7 @@ Float32 with AVX2, or with AMD's AVX-512: all three products by minimal filterin
 Bfloat16 with AMX: the weight gradient, one matrix product of the output's gradient with every pixel's neighbourhood, which tiles
 read where it lies. The rest is oneDNN's, but the input gradient as one more convolution, with the filters turned about: there
 oneDNN's forward pass reaches two to four times the rate of its own input gradient (record `train-step-cpu`;
-`benchmarks/train_step.py --preset fast` lists the rates). With AMD's AVX-512 BF16 oneDNN is as fast as the processor, and left alone.
+`benchmarks/train_step.py --preset fast` lists the rates). With AMD's AVX-512 BF16 ours is no faster than oneDNN's, which is left alone.
 """
 
 from __future__ import annotations
